@@ -5,16 +5,16 @@
 //	                         destinations; the end of a call gets an empty <Response>.
 //	POST /dialstatus/action  the action URL of that <Dial>. What became of it is one record in
 //	                         the log; the answer is the XML that carries the call on.
-//
-// The environment configures it: the table is in README.md.
 package main
 
 import (
 	"cmp"
 	"context"
-	encodingxml "encoding/xml"
+	"crypto/hmac"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"log/slog"
 	"mime"
@@ -25,12 +25,14 @@ import (
 	"os/signal"
 	"regexp"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/go-martini/martini"
+	"github.com/plivo/plivo-go/v7"
 	"github.com/plivo/plivo-go/v7/xml"
 )
 
@@ -50,160 +52,171 @@ func run(ctx context.Context, getenv func(string) string, stdout io.Writer) erro
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
+	listener, err := net.Listen("tcp", cfg.address)
 	if err != nil {
-		return fmt.Errorf("HOST %q, PORT %q: %w", cfg.host, cfg.port, err)
+		return fmt.Errorf("HOST and PORT: %w", err)
 	}
 	log := slog.New(slog.NewJSONHandler(stdout, nil))
 	log.Info("listening", "address", listener.Addr().String())
-	for _, warning := range cfg.warnings {
-		log.Warn(warning)
+	if getenv("DIAL_TO") == "" {
+		log.Warn("DIAL_TO is not set: calls are forwarded to a number reserved for fiction", "number", fictionalNumber)
 	}
-
+	if cfg.authToken == "" {
+		log.Warn("PLIVO_AUTH_TOKEN is not set: everybody may call, with PHLO_BASIC_AUTH or without")
+	}
 	server := &http.Server{
-		Handler:  newApp(cfg, log),
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler:           newApp(cfg, log),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second, // header and body
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    28 << 10, // net/http adds 4 KiB: 32 in all
 	}
-	stopped := make(chan error, 1)
+	stopped := make(chan struct{})
 	context.AfterFunc(ctx, func() {
+		defer close(stopped)
 		grace, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		stopped <- server.Shutdown(grace)
+		server.Shutdown(grace) // what is not finished by then ends with the process
 	})
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
-	return <-stopped
+	<-stopped
+	return nil
 }
 
-// config is what the environment says, checked.
+const (
+	answerPath      = "/dialstatus" // Martini matches it with and without a slash at its end
+	actionPath      = "/dialstatus/action"
+	maxBody         = 64 << 10 // bytes; Plivo sends less than one KiB
+	fictionalNumber = "+12025550123"
+)
+
+// config is what the environment says, checked. What it does not say is empty.
 type config struct {
-	host, port string
-	publicURL  string          // no slash at its end; empty: taken from each request
-	dial       xml.DialElement // complete but for the action URL
-	warnings   []string        // to be logged at start-up
-}
+	address, callerID, publicURL, authToken, basicAuth string
 
-const fictionalNumber = "+12025550123"
+	destinations []any // <Number> and <User>
+	timeout      int   // seconds
+}
 
 var (
-	e164     = regexp.MustCompile(`^\+?[1-9][0-9]{6,14}$`)
-	sipURI   = regexp.MustCompile(`^sip:[!#-;=?A-~]+@[!#-;=?A-~]+$`) // printable, no " < > @
-	hostPort = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?$`)
+	e164    = regexp.MustCompile(`^\+?[1-9][0-9]{6,14}$`)
+	sipURI  = regexp.MustCompile(`^sip:[!#-;=?A-~]+@[!#-;=?A-~]+$`) // printable, no " < > @
+	baseURL = regexp.MustCompile(`^https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[A-Za-z0-9._~%/-]*)?$`)
+	secret  = regexp.MustCompile(`(?s)^(PLIVO_AUTH_TOKEN|PHLO_BASIC_AUTH)=.|^PUBLIC_URL=.*@`)
 )
 
 // configure reads and checks the environment. Its error has a line for every problem: the
-// variable, its value, and what is wanted.
-func configure(getenv func(string) string) (config, error) {
-	var problems []error
+// variable, its value unless that may be a secret, and what is wanted.
+func configure(getenv func(string) string) (cfg config, err error) {
 	bad := func(variable, value, want string) {
-		problems = append(problems, fmt.Errorf("%s %q: want %s", variable, value, want))
+		if secret.MatchString(variable + "=" + value) {
+			value = "(not shown)"
+		}
+		err = errors.Join(err, fmt.Errorf("%s %q: want %s", variable, value, want))
 	}
-	cfg := config{host: getenv("HOST"), port: cmp.Or(getenv("PORT"), "8080")}
-	if _, err := strconv.ParseUint(cfg.port, 10, 16); err != nil {
-		bad("PORT", cfg.port, "a port number, or 0 for any free port")
+	read := func(variable string, valid func(string) bool, want string) string {
+		value := getenv(variable)
+		if value != "" && !valid(value) {
+			bad(variable, value, want)
+		}
+		return value
 	}
-
-	dialTo := getenv("DIAL_TO")
-	if dialTo == "" {
-		dialTo = fictionalNumber
-		cfg.warnings = append(cfg.warnings, "DIAL_TO is not set: calls are forwarded to "+dialTo+", a number reserved for fiction")
-	}
-	var destinations []any
-	for destination := range strings.SplitSeq(dialTo, ",") {
-		switch destination = strings.TrimSpace(destination); {
+	cfg.address = net.JoinHostPort(getenv("HOST"), cmp.Or(read("PORT", isPort, "a port number, 0 to 65535"), "8080"))
+	for destination := range strings.SplitSeq(cmp.Or(getenv("DIAL_TO"), fictionalNumber), ",") {
+		destination = strings.TrimSpace(destination)
+		escaped := html.EscapeString(destination) // plivo-go writes it raw
+		switch {
 		case e164.MatchString(destination):
-			destinations = append(destinations, new(xml.NumberElement).SetContents(escape(destination)))
+			cfg.destinations = append(cfg.destinations, new(xml.NumberElement).SetContents(escaped))
 		case sipURI.MatchString(destination):
-			destinations = append(destinations, new(xml.UserElement).SetContents(escape(destination)))
+			cfg.destinations = append(cfg.destinations, new(xml.UserElement).SetContents(escaped))
 		default:
-			bad("DIAL_TO", destination, "E.164 numbers (+12025550123) and SIP URIs (sip:user@example.com), separated by commas")
+			bad("DIAL_TO", destination, "E.164 numbers ("+fictionalNumber+") and SIP URIs (sip:user@example.com), separated by commas")
 		}
 	}
-	cfg.dial = new(xml.DialElement).SetMethod(http.MethodPost).SetRedirect(true).SetContents(destinations)
-	if callerID := getenv("CALLER_ID"); e164.MatchString(callerID) {
-		cfg.dial = cfg.dial.SetCallerID(callerID)
-	} else if callerID != "" {
-		bad("CALLER_ID", callerID, "an E.164 number (+12025550123)")
-	}
-	if timeout := getenv("DIAL_TIMEOUT"); timeout != "" {
-		seconds, err := strconv.Atoi(timeout)
-		if err != nil || seconds < 1 {
-			bad("DIAL_TIMEOUT", timeout, "whole seconds, at least 1")
-		}
-		cfg.dial = cfg.dial.SetTimeout(seconds)
-	}
-
-	if public := getenv("PUBLIC_URL"); public != "" {
-		u, err := parseBase(public)
-		if err != nil {
-			withoutUser := public[strings.LastIndex(public, "@")+1:] // a password is not printed
-			bad("PUBLIC_URL", withoutUser, "http or https, a host, perhaps a path; no user, query or fragment")
-		} else {
-			cfg.publicURL = u.Scheme + "://" + u.Host + strings.TrimRight(u.EscapedPath(), "/")
+	cfg.callerID = read("CALLER_ID", e164.MatchString, "an E.164 number ("+fictionalNumber+")")
+	cfg.timeout, _ = strconv.Atoi(read("DIAL_TIMEOUT", regexp.MustCompile(`^[1-9][0-9]{0,8}$`).MatchString, "whole seconds, at least 1"))
+	cfg.publicURL = strings.TrimRight(read("PUBLIC_URL", isBaseURL, "http or https, a host, perhaps a path, and nothing else"), "/")
+	cfg.authToken = read("PLIVO_AUTH_TOKEN", regexp.MustCompile(`^\S+$`).MatchString, "the auth token as the Plivo console shows it")
+	cfg.basicAuth = read("PHLO_BASIC_AUTH", regexp.MustCompile(`^[^:]+:.+$`).MatchString, "user:password")
+	for _, variable := range []string{"DIAL_TO", "PLIVO_AUTH_TOKEN", "PUBLIC_URL"} {
+		if getenv("MARTINI_ENV") == martini.Prod && getenv(variable) == "" {
+			bad(variable, "", "a value when MARTINI_ENV is "+martini.Prod)
 		}
 	}
-	return cfg, errors.Join(problems...)
+	return cfg, err
 }
 
-// Martini matches a pattern with and without a slash at its end.
-const (
-	answerPath = "/dialstatus"
-	actionPath = "/dialstatus/action"
-)
+func isPort(text string) bool {
+	_, err := strconv.ParseUint(text, 10, 16)
+	return err == nil
+}
 
-// newApp is the Martini app: the two routes, and 405 or 404 for the rest. What every request
-// needs stands around Martini and not in its middleware, which costs reflection on each.
+// isBaseURL tells whether a text is http or https, a host, perhaps a path, and nothing else.
+func isBaseURL(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && baseURL.MatchString(text) && isPort(cmp.Or(u.Port(), "0"))
+}
+
+// newApp is the Martini app: the two routes, 405 or 404 for the rest, and 500 for a panic. What
+// every request needs stands around Martini, not in middleware, which costs reflection on each.
 func newApp(cfg config, log *slog.Logger) http.Handler {
 	routes := martini.NewRouter()
-	routes.Post(answerPath, withForm(log, answer(cfg, log)))
-	routes.Post(actionPath, withForm(log, action(log)))
+	routes.Post(actionPath, checked(cfg, log, action(log)))
+	routes.Post(answerPath, checked(cfg, log, answer(cfg, log)))
 	routes.NotFound(func(w http.ResponseWriter, r *http.Request) {
 		if allowed := strings.Join(routes.MethodsFor(r.URL.Path), ", "); allowed != "" {
 			w.Header().Set("Allow", allowed)
 			reject(w, r, log, http.StatusMethodNotAllowed, r.Method+" is not allowed here: send "+allowed)
-			return
+		} else {
+			reject(w, r, log, http.StatusNotFound, "not found: send to "+answerPath+"/ or "+actionPath+"/")
 		}
-		reject(w, r, log, http.StatusNotFound, "not found: send to "+answerPath+"/ or "+actionPath+"/")
 	})
 	app := martini.New()
 	app.Action(routes.Handle)
-	return contained(app, log)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			if cause := recover(); cause != nil {
+				log.Error("panic", "cause", fmt.Sprint(cause), "stack", string(debug.Stack()), "path", r.URL.Path)
+				http.Error(w, "internal server error", http.StatusInternalServerError)
+			}
+		}()
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody) // closes the connection over a longer one
+		app.ServeHTTP(w, r)
+	})
 }
+
+// A handler answers a checked request. base is the URL by which Plivo reached this server.
+type handler func(w http.ResponseWriter, r *http.Request, base string)
 
 // answer is the answer URL: it answers a call with the <Dial>. Plivo calls it once more when the
 // call is over, unless the application has a hangup URL of its own (Plivo's "Application API"):
-// that is answered with an empty <Response>. 400: no action URL can be made of the host.
-func answer(cfg config, log *slog.Logger) http.HandlerFunc {
-	over, dial := document(), dialDocument(cfg.dial, cfg.publicURL)
-	return func(w http.ResponseWriter, r *http.Request) {
+// that is answered with an empty <Response>.
+func answer(cfg config, log *slog.Logger) handler {
+	over, publicDial := document(), dialDocument(cfg, cfg.publicURL)
+	return func(w http.ResponseWriter, r *http.Request, base string) {
 		if callIsOver[r.FormValue("CallStatus")] {
-			report(r, log, slog.LevelInfo, "hangup", hangupFields)
-			writeXML(w, over)
-			return
+			reply(w, r, log, slog.LevelInfo, "hangup", hangupFields, over)
+		} else if base == cfg.publicURL {
+			reply(w, r, log, slog.LevelInfo, "call", callFields, publicDial)
+		} else {
+			reply(w, r, log, slog.LevelInfo, "call", callFields, dialDocument(cfg, base))
 		}
-		dial := dial
-		if cfg.publicURL == "" {
-			base, err := baseURL(r)
-			if err != nil {
-				reject(w, r, log, http.StatusBadRequest, err.Error())
-				return
-			}
-			dial = dialDocument(cfg.dial, base)
-		}
-		report(r, log, slog.LevelInfo, "call", callFields)
-		writeXML(w, dial)
 	}
 }
 
 // action is the action URL: it reports what became of the <Dial> and answers with what follows.
 // 400: there is no DialStatus.
-func action(log *slog.Logger) http.HandlerFunc {
+func action(log *slog.Logger) handler {
 	documents := make(map[string][]byte, len(followUps))
 	for status, elements := range followUps {
 		documents[status] = document(elements...)
 	}
-	return func(w http.ResponseWriter, r *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request, _ string) {
 		status := r.FormValue("DialStatus")
 		if status == "" {
 			reject(w, r, log, http.StatusBadRequest, "DialStatus is missing: send the form that Plivo posts to a Dial's action URL")
@@ -211,56 +224,57 @@ func action(log *slog.Logger) http.HandlerFunc {
 		}
 		level, followUp := slog.LevelInfo, documents[status]
 		if followUp == nil {
-			level, followUp = slog.LevelWarn, documents[anyOther]
+			level, followUp = slog.LevelWarn, documents[""]
 		}
-		report(r, log, level, "dial", dialFields)
-		writeXML(w, followUp)
+		reply(w, r, log, level, "dial", dialFields, followUp)
 	}
-}
-
-const anyOther = ""
-
-// followUps is what follows each DialStatus. The caller hears nothing where the conversation is
-// over or the caller has gone.
-var followUps = map[string][]any{
-	"completed": {hangup},
-	"cancel":    {hangup},
-	"busy":      {speak("The line is busy. Please try again later."), hangup},
-	"no-answer": {speak("Nobody answered. Please try again later."), hangup},
-	"timeout":   {speak("The call could not be connected in time. Please try again later."), hangup},
-	"failed":    {speak("The call could not be connected."), hangup},
-	anyOther:    {speak("The call has ended."), hangup},
 }
 
 var (
 	hangup = new(xml.HangupElement)
 	speak  = new(xml.SpeakElement).AddSpeak
-)
+	// followUps is what follows each DialStatus. Nobody is there to hear a sentence at the first two.
+	followUps = map[string][]any{
+		"completed": {hangup},
+		"cancel":    {hangup},
+		"busy":      {speak("The line is busy. Please try again later."), hangup},
+		"no-answer": {speak("Nobody answered. Please try again later."), hangup},
+		"timeout":   {speak("The call could not be connected in time. Please try again later."), hangup},
+		"failed":    {speak("The call could not be connected."), hangup},
+		"":          {speak("The call has ended."), hangup}, // any other
+	}
 
-// callIsOver has each CallStatus that Plivo sends when a call is over.
-var callIsOver = map[string]bool{
-	"completed": true, "busy": true, "failed": true, "timeout": true, "no-answer": true, "cancel": true,
-}
+	// callIsOver is each CallStatus that Plivo sends when a call is over.
+	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true, "timeout": true, "no-answer": true, "cancel": true}
 
-// What each record reports: Plivo's fields by their names, which are the log's keys.
-var (
+	// What is reported: Plivo's fields by their names, which are the log's keys.
 	callFields   = []string{"CallUUID", "From", "To", "Direction", "CallStatus"}
 	hangupFields = []string{"CallUUID", "From", "To", "Direction", "CallStatus", "HangupCause", "Duration"}
 	dialFields   = []string{"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause", "CallUUID", "From", "To"}
 )
 
-// report logs one record with these fields of the form.
-func report(r *http.Request, log *slog.Logger, level slog.Level, message string, fields []string) {
-	attrs := make([]slog.Attr, len(fields))
-	for i, field := range fields {
-		attrs[i] = slog.String(field, r.FormValue(field))
+// reply logs one record with these fields of the form, and then answers with the document.
+func reply(w http.ResponseWriter, r *http.Request, log *slog.Logger, level slog.Level, message string, fields []string, document []byte) {
+	report := make([]slog.Attr, 0, 8)
+	for _, field := range fields {
+		report = append(report, slog.String(field, r.FormValue(field)))
 	}
-	log.LogAttrs(r.Context(), level, message, attrs...)
+	log.LogAttrs(r.Context(), level, message, report...)
+	w.Header().Set("Content-Type", "application/xml")
+	w.Write(document)
 }
 
 // dialDocument is the answer to a call. An action is a fully qualified URL (Plivo's "Dial XML").
-func dialDocument(dial xml.DialElement, base string) []byte {
-	return document(dial.SetAction(base + actionPath + "/"))
+func dialDocument(cfg config, base string) []byte {
+	dial := new(xml.DialElement).SetContents(cfg.destinations).
+		SetAction(base + actionPath + "/").SetMethod(http.MethodPost).SetRedirect(true)
+	if cfg.callerID != "" {
+		dial = dial.SetCallerID(cfg.callerID)
+	}
+	if cfg.timeout != 0 {
+		dial = dial.SetTimeout(cfg.timeout)
+	}
+	return document(dial)
 }
 
 // document is the XML of a <Response> with these elements. Where plivo-go answers the text of an
@@ -273,85 +287,116 @@ func document(elements ...any) []byte {
 	return []byte(response)
 }
 
-// escape makes a text safe where plivo-go writes it raw: in <Number> and <User>.
-func escape(text string) string {
-	var escaped strings.Builder
-	encodingxml.EscapeText(&escaped, []byte(text))
-	return escaped.String()
-}
-
-func writeXML(w http.ResponseWriter, document []byte) {
-	w.Header().Set("Content-Type", "application/xml")
-	w.Write(document)
-}
-
-// reject answers a request that is not served with a plain line, and logs the same as the reason.
-func reject(w http.ResponseWriter, r *http.Request, log *slog.Logger, status int, reason string) {
-	log.Warn("rejected", "status", status, "reason", reason, "path", r.URL.Path)
+// reject answers a request that is not served with a plain line, which is the log's reason, too.
+func reject(w http.ResponseWriter, r *http.Request, log *slog.Logger, status int, reason string, more ...any) {
+	log.Warn("rejected", append([]any{"status", status, "reason", reason, "path", r.URL.Path}, more...)...)
 	http.Error(w, reason, status)
 }
 
-// contained answers a plain 500 when a handler panics.
-func contained(next http.Handler, log *slog.Logger) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			if cause := recover(); cause != nil {
-				log.Error("panic", "cause", fmt.Sprint(cause), "stack", string(debug.Stack()), "path", r.URL.Path)
-				http.Error(w, "internal server error", http.StatusInternalServerError)
-			}
-		}()
-		next.ServeHTTP(w, r)
-	})
-}
-
-// withForm reads the form, the query's and a urlencoded or multipart body's, for a handler.
-// 400: it does not decode.
-func withForm(log *slog.Logger, next http.HandlerFunc) http.HandlerFunc {
+// checked hands a handler the requests that read well and whose sender may call: everybody without
+// an auth token, else who signs as Plivo or has PHLO's login. The others get 400 to 415.
+func checked(cfg config, log *slog.Logger, next handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		var err error
-		if mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); mediaType == "multipart/form-data" {
-			err = r.ParseMultipartForm(1 << 20)
-		} else {
-			err = r.ParseForm()
-		}
-		if err != nil {
-			reject(w, r, log, http.StatusBadRequest, "the form does not decode: "+err.Error())
+		if status, reason := readForm(r); status != http.StatusOK {
+			reject(w, r, log, status, reason)
 			return
 		}
-		next(w, r)
+		base := cfg.publicURL
+		if base == "" {
+			base = requestBase(r)
+		}
+		if base == "" {
+			reject(w, r, log, http.StatusBadRequest, "bad Host or X-Forwarded-Host: send a host name or an address, perhaps with a port")
+			return
+		}
+		if cfg.authToken != "" {
+			called := base + r.URL.RequestURI()
+			if !isSigned(r, called, cfg.authToken) && !hasLogin(r, cfg.basicAuth) {
+				reject(w, r, log, http.StatusForbidden, "forbidden: only Plivo may call",
+					"url", called, "hint", "if Plivo called another URL than this, set PUBLIC_URL")
+				return
+			}
+		}
+		next(w, r, base)
 	}
 }
 
-// baseURL is the URL by which Plivo reached this server where PUBLIC_URL does not say it: from the
-// first entry, the client's side, of a proxy's X-Forwarded-Proto and X-Forwarded-Host, else from
-// the request itself. Its error says that they make no valid URL.
-func baseURL(r *http.Request) (string, error) {
-	scheme := "http"
-	if proto := firstEntry(r, "X-Forwarded-Proto"); proto == "http" || proto == "https" {
-		scheme = proto
+// readForm parses body and query into r.Form. It answers 200, or the status and the reason of a
+// rejection: 400 where they do not read or decode, 413 for a body too long, 415 for no form.
+func readForm(r *http.Request) (status int, reason string) {
+	body, err := io.ReadAll(r.Body)
+	var tooLong *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLong):
+		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is too long: send %d bytes at most", maxBody)
+	case err != nil:
+		return http.StatusBadRequest, "the body broke off or came too slowly: send all of it, at once"
 	}
-	base := scheme + "://" + cmp.Or(firstEntry(r, "X-Forwarded-Host"), r.Host)
-	if u, err := parseBase(base); err != nil || u.Path != "" {
-		return "", errors.New("bad Host or X-Forwarded-Host: send a host name or an address, perhaps with a port")
+	switch mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); {
+	case mediaType == "application/x-www-form-urlencoded":
+		r.PostForm, err = url.ParseQuery(string(body))
+	case mediaType == "multipart/form-data":
+		r.Body = io.NopCloser(strings.NewReader(string(body)))
+		err = r.ParseMultipartForm(maxBody) // holds it all: no temporary file
+	case len(body) > 0:
+		return http.StatusUnsupportedMediaType, "the body is not a form: send application/x-www-form-urlencoded"
 	}
-	return base, nil
-}
-
-// firstEntry is the first entry of a header that can hold several, separated by commas.
-func firstEntry(r *http.Request, header string) string {
-	entry, _, _ := strings.Cut(r.Header.Get(header), ",")
-	return strings.TrimSpace(entry)
-}
-
-// parseBase parses a URL that is http or https, a host, perhaps a path, and nothing else.
-func parseBase(base string) (*url.URL, error) {
-	u, err := url.Parse(base)
+	if r.Form = r.PostForm; err == nil && r.URL.RawQuery != "" {
+		r.Form = nil
+		err = r.ParseForm() // adds the query
+	}
 	if err != nil {
-		return nil, err
+		return http.StatusBadRequest, "the form does not decode: " + err.Error()
 	}
-	_, badPort := strconv.ParseUint(cmp.Or(u.Port(), "0"), 10, 16)
-	if u.Scheme != "http" && u.Scheme != "https" || !hostPort.MatchString(u.Host) || badPort != nil || u.User != nil || strings.ContainsAny(base, "?#") {
-		return nil, errors.New("not a base URL")
+	return http.StatusOK, ""
+}
+
+// requestBase is the URL by which a client reached this server: the first entry, the client's
+// side, of a proxy's X-Forwarded-Proto and X-Forwarded-Host, else what the request itself says.
+// It is empty where they make no valid URL.
+func requestBase(r *http.Request) string {
+	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
+	host, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Host"), ",")
+	scheme := "http"
+	if strings.TrimSpace(proto) == "https" {
+		scheme = "https"
 	}
-	return u, nil
+	base := scheme + "://" + cmp.Or(strings.TrimSpace(host), r.Host)
+	if strings.Count(base, "/") > 2 || !isBaseURL(base) {
+		return ""
+	}
+	return base
+}
+
+// hasLogin tells whether the request has this user:password, the way in for PHLO's HTTP Request
+// node, which signs nothing. Nothing has an empty login: what is sent has a colon.
+func hasLogin(r *http.Request, login string) bool {
+	user, password, ok := r.BasicAuth()
+	got, want := sha256.Sum256([]byte(user+":"+password)), sha256.Sum256([]byte(login))
+	return ok && hmac.Equal(got[:], want[:])
+}
+
+// isSigned tells whether the request has a V3 signature ("Signature Validation" in Plivo's Voice
+// docs) of the URL called, its form and its nonce, maybe among several: one for each token of the
+// account. What plivo-go leaves unsigned where there is a query is refused: a fragment, the second
+// value of a name, and dots and ampersands at an end.
+func isSigned(r *http.Request, called, authToken string) bool {
+	params, last := make(map[string]string, len(r.PostForm)), ""
+	for name, values := range r.PostForm {
+		params[name] = strings.Join(values, name)
+		last = max(last, name)
+	}
+	unsigned := strings.Contains(called, "#")
+	for _, values := range r.URL.Query() {
+		unsigned = unsigned || len(values) > 1 || strings.TrimRight(values[0], ".&") != values[0] || strings.HasSuffix(last+params[last], ".")
+	}
+	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
+	if nonce == "" || unsigned {
+		return false
+	}
+	want := []byte(plivo.ComputeSignatureV3(authToken, called, r.Method, nonce, params))
+	signatures := r.Header.Get("X-Plivo-Signature-V3") + "," + r.Header.Get("X-Plivo-Signature-Ma-V3")
+	return slices.ContainsFunc(strings.Split(signatures, ","), func(signature string) bool {
+		return hmac.Equal([]byte(strings.TrimSpace(signature)), want)
+	})
 }

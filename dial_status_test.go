@@ -4,21 +4,32 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
+	"encoding/xml"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"mime"
 	"mime/multipart"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"testing/iotest"
+	"time"
 )
 
 // Requests as Plivo sends them, modelled on captured traffic.
@@ -72,8 +83,21 @@ func newTestApp(t testing.TB, variables ...string) *testApp {
 func (app *testApp) send(r *http.Request) (answer *httptest.ResponseRecorder, records []string) {
 	app.log.Reset()
 	answer = httptest.NewRecorder()
-	app.ServeHTTP(answer, r)
+	app.ServeHTTP(afterTheLog{answer, &app.log}, r)
 	return answer, recordsOf(app.log.String())
+}
+
+// afterTheLog spoils an answer that comes before its record.
+type afterTheLog struct {
+	*httptest.ResponseRecorder
+	log *bytes.Buffer
+}
+
+func (w afterTheLog) WriteHeader(status int) {
+	if w.log.Len() == 0 {
+		status = http.StatusTeapot
+	}
+	w.ResponseRecorder.WriteHeader(status)
 }
 
 var timeKey = regexp.MustCompile(`"time":"[^"]*",`)
@@ -193,14 +217,14 @@ func TestActionURLOfDial(t *testing.T) {
 		{"curl, IPv6", "", []string{"Host: [::1]:8080"}, "http://[::1]:8080"},
 		{"ngrok", "", []string{"Host: abc.ngrok.app", "X-Forwarded-Proto: https", "X-Forwarded-Host: abc.ngrok.app"}, "https://abc.ngrok.app"},
 		{"ngrok --host-header=rewrite", "", []string{"Host: localhost:8080", "X-Forwarded-Proto: https", "X-Forwarded-Host: abc.ngrok.app"}, "https://abc.ngrok.app"},
-		{"two proxies: the first entry is the client's side", "", []string{"X-Forwarded-Proto: https , http", "X-Forwarded-Host: calls.example.org:8443, inner:80"}, "https://calls.example.org:8443"},
+		{"two proxies: the first entry is the client's side", "", []string{"X-Forwarded-Proto: https , http", "X-Forwarded-Host: calls.example.org:8443 , inner:80"}, "https://calls.example.org:8443"},
 		{"only the scheme is forwarded", "", []string{"X-Forwarded-Proto: https"}, "https://example.com"},
 		{"only the host is forwarded", "", []string{"X-Forwarded-Host: calls.example.org"}, "http://calls.example.org"},
 		{"another scheme does not count", "", []string{"X-Forwarded-Proto: javascript"}, "http://example.com"},
 		{"PUBLIC_URL", public, nil, "https://calls.example.org/plivo"},
 		{"PUBLIC_URL before what a stranger says", public, []string{"Host: evil.example", "X-Forwarded-Proto: http", "X-Forwarded-Host: evil.example/"}, "https://calls.example.org/plivo"},
-		{"PUBLIC_URL with a port", "PUBLIC_URL=HTTP://10.0.0.1:8080", nil, "http://10.0.0.1:8080"},
-		{"PUBLIC_URL with markup in its path", `PUBLIC_URL=http://h/a"<b>`, nil, "http://h/a%22%3Cb%3E"},
+		{"PUBLIC_URL with a port", "PUBLIC_URL=http://10.0.0.1:8080", nil, "http://10.0.0.1:8080"},
+		{"PUBLIC_URL with an escape in its path", "PUBLIC_URL=http://h/a%20b", nil, "http://h/a%20b"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			wantXML(t, newTestApp(t, test.publicURL), post("/dialstatus/", "", test.headers...),
@@ -321,25 +345,83 @@ func TestRejections(t *testing.T) {
 
 func TestBadInput(t *testing.T) {
 	app := newTestApp(t)
+	field := "--a\r\nContent-Disposition: form-data; name=DialStatus\r\n\r\n"
+	file := "--a\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n"
 	for _, test := range []struct {
 		name, contentType, body string
 		status                  int
 		text                    string
 	}{
+		{"too long", "application/x-www-form-urlencoded", strings.Repeat("a", maxBody+1), 413, "65536 bytes"},
+		{"too long, multipart", "multipart/form-data; boundary=a", field + strings.Repeat("a", maxBody) + "\r\n--a--", 413, "65536 bytes"},
+		{"too long, a file", "multipart/form-data; boundary=a", file + strings.Repeat("a", maxBody) + "\r\n--a--", 413, "65536 bytes"},
+		{"JSON", "application/json", `{"DialStatus":"busy"}`, 415, "application/x-www-form-urlencoded"},
+		{"text", "text/plain", "DialStatus=busy", 415, "application/x-www-form-urlencoded"},
+		{"no content type", "", "DialStatus=busy", 415, "application/x-www-form-urlencoded"},
+		{"a content type that is none", ";=", "DialStatus=busy", 415, "application/x-www-form-urlencoded"},
 		{"bad percent escape", "application/x-www-form-urlencoded", "DialStatus=%zz", 400, `invalid URL escape "%zz"`},
-		{"multipart without a boundary", "multipart/form-data", "x", 400, "boundary"},
-		{"multipart with another boundary", "multipart/form-data; boundary=a", "--b\r\n", 400, "multipart"},
-		{"multipart that breaks off", "multipart/form-data; boundary=a", "--a\r\nContent-Disposition: form-data; name=x\r\n\r\ny", 400, "unexpected EOF"},
+		{"semicolons", "application/x-www-form-urlencoded", "DialStatus=busy;From=1", 400, "semicolon"},
+		{"multipart without a boundary", "multipart/form-data", field + "busy\r\n--a--", 400, "boundary"},
+		{"multipart with another boundary", "multipart/form-data; boundary=b", field + "busy\r\n--a--", 400, "multipart"},
+		{"multipart that breaks off", "multipart/form-data; boundary=a", field + "busy", 400, "unexpected EOF"},
 	} {
 		for _, path := range []string{"/dialstatus/", "/dialstatus/action/"} {
-			t.Run(test.name+" "+path, func(t *testing.T) {
-				wantRejection(t, app, post(path, test.body, "Content-Type: "+test.contentType), test.status, test.text)
-			})
+			for _, length := range []int64{int64(len(test.body)), -1} {
+				t.Run(fmt.Sprint(test.name, ", ", path, ", length ", length), func(t *testing.T) {
+					r := post(path, test.body, "Content-Type: "+test.contentType)
+					r.ContentLength = length
+					wantRejection(t, app, r, test.status, test.text)
+				})
+			}
 		}
 	}
 	t.Run("bad percent escape in the query", func(t *testing.T) {
 		wantRejection(t, app, post("/dialstatus/action/?a=%zz", completedDial), 400, `invalid URL escape "%zz"`)
 	})
+	t.Run("a body that breaks off", func(t *testing.T) {
+		r := post("/dialstatus/action/", completedDial)
+		r.Body = io.NopCloser(io.MultiReader(r.Body, iotest.ErrReader(io.ErrUnexpectedEOF)))
+		wantRejection(t, app, r, 400, "broke off")
+	})
+	t.Run("a body without an end is not read to it", func(t *testing.T) {
+		var read countingReader
+		r := post("/dialstatus/", "", "Content-Type: application/x-www-form-urlencoded")
+		r.Body = io.NopCloser(&read)
+		wantRejection(t, app, r, 413, "65536 bytes")
+		if read > maxBody+1 {
+			t.Errorf("read %d bytes", read)
+		}
+	})
+}
+
+// countingReader counts what is read of an endless body.
+type countingReader int
+
+func (read *countingReader) Read(p []byte) (int, error) {
+	*read += countingReader(len(p))
+	return copy(p, bytes.Repeat([]byte("a"), len(p))), nil
+}
+
+func TestLimitsAreNotTooNarrow(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	app := newTestApp(t)
+	file := strings.Repeat("a", 60<<10)
+	for _, test := range []struct{ name, contentType, body string }{
+		{"a body at the limit", "application/x-www-form-urlencoded", "DialStatus=completed&a=" + strings.Repeat("a", maxBody-23)},
+		{"a file", "multipart/form-data; boundary=a", "--a\r\nContent-Disposition: form-data; name=DialStatus\r\n\r\ncompleted\r\n" +
+			"--a\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n" + file + "\r\n--a--"},
+		{"JSON with no body", "application/json", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			answer, _ := app.send(post("/dialstatus/action/?DialStatus=completed", test.body, "Content-Type: "+test.contentType))
+			if answer.Code != 200 || answer.Body.String() != hangupXML {
+				t.Errorf("%d %s", answer.Code, answer.Body)
+			}
+			if files, _ := os.ReadDir(os.TempDir()); len(files) > 0 {
+				t.Errorf("temporary files: %v", files)
+			}
+		})
+	}
 }
 
 type panickingBody struct{ io.ReadCloser }
@@ -359,6 +441,239 @@ func TestPanicIsContained(t *testing.T) {
 	}
 }
 
+// sign is Plivo's V3 signature of a POST, written from its description: the URL, "?" and the query
+// sorted by name, "." and the form sorted by name with nothing between, "." and the nonce;
+// HMAC-SHA256 with the auth token, base64. As the published vectors show, the "?" stands before
+// the form, too, where there is no query, and the "." only between a query and a form.
+func sign(authToken, called, form, nonce string) string {
+	sorted := func(encoded, equals, ampersand string) (text string, some bool) {
+		values, err := url.ParseQuery(encoded)
+		if err != nil {
+			panic(err)
+		}
+		var pairs []string
+		for _, name := range slices.Sorted(maps.Keys(values)) {
+			for _, value := range values[name] {
+				pairs = append(pairs, name+equals+value)
+			}
+		}
+		return strings.Join(pairs, ampersand), len(pairs) > 0
+	}
+	text, encodedQuery, _ := strings.Cut(called, "?")
+	query, hasQuery := sorted(encodedQuery, "=", "&")
+	params, hasParams := sorted(form, "", "")
+	if hasQuery || hasParams {
+		text += "?" + query
+	}
+	if hasQuery && hasParams {
+		text += "."
+	}
+	mac := hmac.New(sha256.New, []byte(authToken))
+	mac.Write([]byte(text + params + "." + nonce))
+	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// The vectors of plivo-go's utils_test.go, TestValidateSignatureV3Pass1 and Pass3.
+func TestPublishedSignatures(t *testing.T) {
+	const (
+		authToken = "Y2Q2ZDgxZmY5YWRiOTI5YmQ1Njg0MTAxZWIyOTc4"
+		nonce     = "31627761595286130198"
+		page      = "https://plivobin.non-prod.plivops.com/api/v1/validate_signature03.xml"
+	)
+	form := url.Values{
+		"Direction": {"outbound"}, "From": {"19792014278"}, "ALegUUID": {"3e82ae9d-2c78-4d85-b1a4-6eae7dbafb36"},
+		"CallStatus": {"in-progress"}, "BillRate": {"0.002"}, "ParentAuthID": {"MANWVLYTK4ZWU1YTY4QA"},
+		"To":              {"sip:PlivoSignature382029104058171078704104@phone-qa.voice.plivodev.com"},
+		"ALegRequestUUID": {"3e82ae9d-2c78-4d85-b1a4-6eae7dbafb36"}, "CallUUID": {"3e82ae9d-2c78-4d85-b1a4-6eae7dbafb36"},
+		"RequestUUID":  {"3e82ae9d-2c78-4d85-b1a4-6eae7dbafb36"},
+		"SIP-H-To":     {"<sip:PlivoSignature382029104058171078704104@52.9.11.55;transport=udp>;tag=1"},
+		"SessionStart": {"2020-04-08 11:34:33.238707"}, "Event": {"StartApp"},
+	}.Encode()
+	for called, signature := range map[string]string{
+		page + "/?a=b&c=d": "k7Pusd4OxCIjR5IfA9iedDNu/h/gbdYqdzG/MiYtd1c=",
+		page:               "iAjE5QqI37mbkYe4w3jTMudqEzbDufdqi7sYwTu64e0=",
+	} {
+		if got := sign(authToken, called, form, nonce); got != signature {
+			t.Errorf("%s: the tests sign %s, Plivo %s", called, got, signature)
+		}
+		r := post(called, form, "X-Plivo-Signature-V3: "+signature, "X-Plivo-Signature-V3-Nonce: "+nonce)
+		readForm(r)
+		if !isSigned(r, called, authToken) {
+			t.Errorf("%s: not accepted", called)
+		}
+		if isSigned(r, called+"x", authToken) {
+			t.Errorf("%s: accepted for another URL", called)
+		}
+	}
+}
+
+const (
+	testToken = "YzBmZmVlYzBmZmVlYzBmZmVl"
+	testLogin = "phlo:pass:word"
+	testNonce = "05429567804466091622"
+	publicURL = "https://calls.example.org"
+)
+
+// signed makes a form post with a signature for it, in the header of that name.
+func signed(target, form, header string, headers ...string) *http.Request {
+	return post(target, form, append(headers,
+		header+": "+sign(testToken, publicURL+target, form, testNonce),
+		"X-Plivo-Signature-V3-Nonce: "+testNonce)...)
+}
+
+const (
+	v3   = "X-Plivo-Signature-V3"
+	maV3 = "X-Plivo-Signature-Ma-V3"
+)
+
+func TestPlivoMayCall(t *testing.T) {
+	configured := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL)
+	tunnelled := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
+	signature := sign(testToken, publicURL+"/dialstatus/action/", completedDial, testNonce)
+	several := func(signatures string) *http.Request {
+		return post("/dialstatus/action/", completedDial, v3+": "+signatures, v3+"-Nonce: "+testNonce)
+	}
+	multipartBody, multipartType := multipartForm(t, "DialStatus=completed")
+	multipartRequest := post("/dialstatus/action/", multipartBody, "Content-Type: "+multipartType,
+		v3+": "+sign(testToken, publicURL+"/dialstatus/action/", "DialStatus=completed", testNonce), v3+"-Nonce: "+testNonce)
+	phlo := func(login string) *http.Request {
+		r := post("/dialstatus/action/", completedDial)
+		user, password, _ := strings.Cut(login, ":")
+		r.SetBasicAuth(user, password)
+		return r
+	}
+	for _, test := range []struct {
+		name    string
+		app     *testApp
+		request *http.Request
+	}{
+		{"answer URL", configured, signed("/dialstatus/", ringingCall, v3)},
+		{"answer URL without its slash", configured, signed("/dialstatus", ringingCall, v3)},
+		{"action URL", configured, signed("/dialstatus/action/", completedDial, v3)},
+		{"the main account's signature", configured, signed("/dialstatus/action/", completedDial, maV3)},
+		{"a query", configured, signed("/dialstatus/action/?z=1&a=b%20c", completedDial, v3)},
+		{"no form, only a query", configured, signed("/dialstatus/action/?DialStatus=busy", "", v3)},
+		{"neither form nor query", configured, signed("/dialstatus/", "", v3)},
+		{"a repeated field", configured, signed("/dialstatus/action/", completedDial+"&From=1", v3)},
+		{"a value that ends in a dot", configured, signed("/dialstatus/action/", completedDial+".", v3)},
+		{"multipart", configured, multipartRequest},
+		{"several tokens", configured, several("c2lnbmVk," + signature + ",c2lnbmVk")},
+		{"several tokens, spaces", configured, several("c2lnbmVk , " + signature + " ,")},
+		{"one header is for another token", configured, signed("/dialstatus/action/", completedDial, maV3, v3+": c2lnbmVk")},
+		{"PHLO's login", configured, phlo(testLogin)},
+		{"ngrok", tunnelled, signed("/dialstatus/", ringingCall, v3, "Host: localhost:8080", "X-Forwarded-Proto: https", "X-Forwarded-Host: calls.example.org")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			answer, records := test.app.send(test.request)
+			if answer.Code != 200 || !strings.HasPrefix(answer.Body.String(), "<Response>") || len(records) != 1 {
+				t.Errorf("%d %s\nlog: %s", answer.Code, answer.Body, records)
+			}
+		})
+	}
+	for name, app := range map[string]*testApp{
+		"without a token everybody may call":                newTestApp(t),
+		"without a token the login is not asked for":        newTestApp(t, "PHLO_BASIC_AUTH="+testLogin),
+		"without a token a wrong signature does not matter": newTestApp(t, "PUBLIC_URL="+publicURL),
+	} {
+		t.Run(name, func(t *testing.T) {
+			wantXML(t, app, post("/dialstatus/action", "DialStatus=cancel", v3+": c2lnbmVk"), hangupXML,
+				`{"level":"INFO","msg":"dial","DialStatus":"cancel","DialALegUUID":"","DialBLegUUID":"","DialRingStatus":"","DialHangupCause":"","CallUUID":"","From":"","To":""}`)
+		})
+	}
+}
+
+func TestForgeries(t *testing.T) {
+	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL)
+	withoutLogin := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PUBLIC_URL="+publicURL)
+	tunnelled := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
+
+	const action, query = "/dialstatus/action/", "/dialstatus/action/?a=b"
+	// forged posts a form with the signature of another.
+	forged := func(target, form, signedTarget, signedForm string, headers ...string) *http.Request {
+		r := signed(signedTarget, signedForm, v3)
+		return post(target, form, append([]string{v3 + ": " + r.Header.Get(v3), v3 + "-Nonce: " + testNonce}, headers...)...)
+	}
+	with := func(headers ...string) *http.Request {
+		return forged(action, completedDial, action, completedDial, headers...)
+	}
+	replace := func(old, new string) string { return strings.Replace(completedDial, old, new, 1) }
+	login := func(user, password string) *http.Request {
+		r := post(action, completedDial)
+		r.SetBasicAuth(user, password)
+		return r
+	}
+	mac := hmac.New(sha256.New, []byte(testToken))
+	mac.Write([]byte(publicURL + action + testNonce))
+	v2 := base64.StdEncoding.EncodeToString(mac.Sum(nil))
+
+	for _, test := range []struct {
+		name    string
+		app     *testApp
+		request *http.Request
+	}{
+		{"changed field", app, forged(action, replace("=completed", "=busy"), action, completedDial)},
+		{"added field", app, forged(action, completedDial+"&X=", action, completedDial)},
+		{"added second value", app, forged(action, completedDial+"&DialStatus=busy", action, completedDial)},
+		{"dropped field", app, forged(action, replace("&DialStatus=completed", ""), action, completedDial)},
+		{"dropped form", app, forged(action, "", action, completedDial)},
+		{"changed query", app, forged(action+"?a=c", completedDial, query, completedDial)},
+		{"added query", app, forged(query, completedDial, action, completedDial)},
+		{"dropped query", app, forged(action, completedDial, query, completedDial)},
+		{"added second value in the query", app, forged(query+"&a=c", completedDial, query, completedDial)},
+		{"added fragment", app, forged(query+"#&HangupCause=x", completedDial, query, completedDial)},
+		{"added fragment without a query", app, forged(action+"?#&HangupCause=x", completedDial, action, completedDial)},
+		{"added dots behind a query", app, forged(query, completedDial+"..", query, completedDial)},
+		{"added dots in the query", app, forged(query+"%2E", "", query, "")},
+		{"added ampersands in the query", app, forged(query+"%26%26", completedDial, query, completedDial)},
+		{"other path", app, forged("/dialstatus/", completedDial, action, completedDial)},
+		{"other slash", app, forged("/dialstatus/action", completedDial, action, completedDial)},
+		{"other host", tunnelled, with("X-Forwarded-Proto: https", "Host: evil.example")},
+		{"other forwarded host", tunnelled, with("X-Forwarded-Proto: https", "Host: calls.example.org", "X-Forwarded-Host: evil.example")},
+		{"other scheme", tunnelled, with("X-Forwarded-Proto: http", "Host: calls.example.org")},
+		{"other port", tunnelled, with("X-Forwarded-Proto: https", "Host: calls.example.org:8443")},
+		{"other nonce", app, with(v3 + "-Nonce: 05429567804466091623")},
+		{"empty nonce", app, post(action, completedDial, v3+": "+sign(testToken, publicURL+action, completedDial, ""), v3+"-Nonce: ")},
+		{"no nonce", app, post(action, completedDial, v3+": "+sign(testToken, publicURL+action, completedDial, ""))},
+		{"other token", app, with(v3 + ": " + sign("other", publicURL+action, completedDial, testNonce))},
+		{"empty token", app, with(v3 + ": " + sign("", publicURL+action, completedDial, testNonce))},
+		{"other signature", app, with(v3 + ": c2lnbmVk")},
+		{"part of the signature", app, with(v3 + ": " + with().Header.Get(v3)[:43])},
+		{"empty signature", app, with(v3 + ": ")},
+		{"empty signatures", app, with(v3+": ,, ,", maV3+": ,")},
+		{"no headers", app, post(action, completedDial)},
+		{"no headers, answer URL", app, post("/dialstatus/", ringingCall)},
+		{"V2 only", app, post(action, completedDial, "X-Plivo-Signature-V2: "+v2, "X-Plivo-Signature-Ma-V2: "+v2, "X-Plivo-Signature-V2-Nonce: "+testNonce)},
+		{"V2's signature as V3's", app, with(v3 + ": " + v2)},
+		{"other password", app, login("phlo", "pass:wor")},
+		{"longer password", app, login("phlo", "pass:words")},
+		{"other user", app, login("plho", "pass:word")},
+		{"empty login", app, login("", "")},
+		{"empty login where none is set", withoutLogin, login("", "")},
+		{"login where none is set", withoutLogin, login("phlo", "pass:word")},
+		{"another way to log in", app, post(action, completedDial, "Authorization: Bearer "+testLogin)},
+		{"a login that does not decode", app, post(action, completedDial, "Authorization: Basic "+testLogin)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			wantRejection(t, test.app, test.request, http.StatusForbidden, "only Plivo may call")
+			log := test.app.log.String()
+			if !strings.Contains(log, `"url":"http`) || !strings.Contains(log, "PUBLIC_URL") {
+				t.Errorf("no URL or no hint: %s", log)
+			}
+			for _, secret := range []string{testToken, "pass:word", "pass:wor", test.request.Header.Get(v3), test.request.Header.Get("Authorization")} {
+				if len(secret) > 5 && strings.Contains(log, secret) {
+					t.Errorf("%s in the log: %s", secret, log)
+				}
+			}
+		})
+	}
+	t.Run("the URL that was checked", func(t *testing.T) {
+		_, records := tunnelled.send(post("/dialstatus/action?a=b", completedDial, "Host: localhost:8080"))
+		if !strings.Contains(records[0], `"url":"http://localhost:8080/dialstatus/action?a=b"`) {
+			t.Errorf("log: %s", records[0])
+		}
+	})
+}
+
 func TestDocumentIsNeverTheTextOfAnError(t *testing.T) {
 	defer func() {
 		if cause := recover(); !strings.Contains(fmt.Sprint(cause), "unsupported type") {
@@ -368,13 +683,24 @@ func TestDocumentIsNeverTheTextOfAnError(t *testing.T) {
 	document(make(chan int))
 }
 
+func TestWhereToListen(t *testing.T) {
+	for address, variables := range map[string][]string{":8080": nil, "[::1]:80": {"HOST=::1", "PORT=80"}} {
+		if cfg, err := configure(environment(variables...)); cfg.address != address || err != nil {
+			t.Errorf("%q: %q, %v", variables, cfg.address, err)
+		}
+	}
+}
+
 func TestConfigurationErrors(t *testing.T) {
 	const (
 		dialTo      = `: want E.164 numbers (+12025550123) and SIP URIs (sip:user@example.com), separated by commas`
 		callerID    = `: want an E.164 number (+12025550123)`
 		dialTimeout = `: want whole seconds, at least 1`
-		publicURL   = `: want http or https, a host, perhaps a path; no user, query or fragment`
-		port        = `: want a port number, or 0 for any free port`
+		publicURL   = `: want http or https, a host, perhaps a path, and nothing else`
+		authToken   = `PLIVO_AUTH_TOKEN "(not shown)": want the auth token as the Plivo console shows it`
+		basicAuth   = `PHLO_BASIC_AUTH "(not shown)": want user:password`
+		port        = `: want a port number, 0 to 65535`
+		production  = ` "": want a value when MARTINI_ENV is production`
 	)
 	for _, test := range []struct{ variables, problems []string }{
 		{[]string{"DIAL_TO=2025"}, []string{`DIAL_TO "2025"` + dialTo}},
@@ -402,12 +728,22 @@ func TestConfigurationErrors(t *testing.T) {
 		{[]string{"PUBLIC_URL=https://example.com/?a=b"}, []string{`PUBLIC_URL "https://example.com/?a=b"` + publicURL}},
 		{[]string{"PUBLIC_URL=https://example.com/#"}, []string{`PUBLIC_URL "https://example.com/#"` + publicURL}},
 		{[]string{"PUBLIC_URL=https://exa mple.com"}, []string{`PUBLIC_URL "https://exa mple.com"` + publicURL}},
-		{[]string{"PUBLIC_URL=https://user:s3cret@example.com"}, []string{`PUBLIC_URL "example.com"` + publicURL}},
+		{[]string{"PUBLIC_URL=https://user:s3cret@example.com"}, []string{`PUBLIC_URL "(not shown)"` + publicURL}},
+		{[]string{`PUBLIC_URL=http://h/a"<b>`}, []string{`PUBLIC_URL "http://h/a\"<b>"` + publicURL}},
+		{[]string{"PUBLIC_URL=http://h/%zz"}, []string{`PUBLIC_URL "http://h/%zz"` + publicURL}},
+		{[]string{"PLIVO_AUTH_TOKEN=s3cret\n"}, []string{authToken}},
+		{[]string{"PHLO_BASIC_AUTH=s3cret"}, []string{basicAuth}},
+		{[]string{"PHLO_BASIC_AUTH=:s3cret"}, []string{basicAuth}},
+		{[]string{"PHLO_BASIC_AUTH=s3cret:"}, []string{basicAuth}},
+		{[]string{"PHLO_BASIC_AUTH=\ns3cret"}, []string{basicAuth}},
+		{[]string{"MARTINI_ENV=production"}, []string{"DIAL_TO" + production, "PLIVO_AUTH_TOKEN" + production, "PUBLIC_URL" + production}},
+		{[]string{"MARTINI_ENV=production", "DIAL_TO=12025550101", "PUBLIC_URL=https://example.com"}, []string{"PLIVO_AUTH_TOKEN" + production}},
 		{[]string{"PORT=http"}, []string{`PORT "http"` + port}},
 		{[]string{"PORT=65536"}, []string{`PORT "65536"` + port}},
 		{[]string{"PORT=-1"}, []string{`PORT "-1"` + port}},
-		{[]string{"PORT=a", "DIAL_TO=b", "CALLER_ID=c", "DIAL_TIMEOUT=d", "PUBLIC_URL=e"}, []string{
-			`PORT "a"` + port, `DIAL_TO "b"` + dialTo, `CALLER_ID "c"` + callerID, `DIAL_TIMEOUT "d"` + dialTimeout, `PUBLIC_URL "e"` + publicURL}},
+		{[]string{"PORT=a", "DIAL_TO=b,+c", "CALLER_ID=d", "DIAL_TIMEOUT=e", "PUBLIC_URL=f", "PLIVO_AUTH_TOKEN=g h", "PHLO_BASIC_AUTH=i"}, []string{
+			`PORT "a"` + port, `DIAL_TO "b"` + dialTo, `DIAL_TO "+c"` + dialTo, `CALLER_ID "d"` + callerID,
+			`DIAL_TIMEOUT "e"` + dialTimeout, `PUBLIC_URL "f"` + publicURL, authToken, basicAuth}},
 	} {
 		t.Run(strings.Join(test.variables, " "), func(t *testing.T) {
 			_, err := configure(environment(test.variables...))
@@ -415,6 +751,81 @@ func TestConfigurationErrors(t *testing.T) {
 				t.Errorf("got:\n%v\nwant:\n%s", err, want)
 			}
 		})
+	}
+}
+
+func FuzzAnswerURL(f *testing.F) { fuzz(f, "/dialstatus/", ringingCall) }
+func FuzzActionURL(f *testing.F) { fuzz(f, "/dialstatus/action/", completedDial) }
+
+// fuzz sends what strangers may send to a route. It is never answered with a 5xx; a 200 is a
+// well-formed <Response>; there is one record, of one line, for each request. Where a token is set,
+// nothing unsigned gets a 200, and the same form, signed, is never forbidden.
+func fuzz(f *testing.F, path, form string) {
+	multipartBody, multipartType := multipartForm(f, strings.Split(form, "&")...)
+	signature := sign(testToken, publicURL+path, form, testNonce)
+	f.Add(form, "application/x-www-form-urlencoded", "", "localhost:8080", "", "", signature[1:], testNonce, "")
+	f.Add(form, "application/x-www-form-urlencoded; charset=utf-8", "a=b", "h", "https", "abc.ngrok.app, h", signature[1:]+", c2lnbmVk,", testNonce, "Basic Og==")
+	f.Add(multipartBody, multipartType, "DialStatus=busy", "[::1]:80", "http", "[::1", "", "", "Bearer x")
+	f.Add(hangupCall, "application/x-www-form-urlencoded", "CallStatus=busy&CallStatus=x", "a<b", "ftp, https", "a/b", ",", "0", "Basic !")
+	f.Add("", "", "", "", "", "", "", "", "")
+	f.Add(`{"DialStatus":"busy"}`, "application/json", "#%", "%zz", "", "user@h", "", "", "")
+	f.Add("DialStatus=%zz&From=</Response>", "multipart/form-data", "?&&;", "h:99999", "", "", "", "", "")
+
+	open := newTestApp(f)
+	closed := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin)
+	configured := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PUBLIC_URL="+publicURL)
+	f.Fuzz(func(t *testing.T, body, contentType, query, host, proto, forwardedHost, signature, nonce, authorization string) {
+		var form string
+		target, err := url.ParseRequestURI(path + "?" + query)
+		if err != nil {
+			t.Skip("net/http refuses it")
+		}
+		send := func(app *testApp, target *url.URL, signature, nonce string) (status int) {
+			r := post(path, body, "Content-Type: "+contentType, "Host: "+host, "X-Forwarded-Proto: "+proto, "X-Forwarded-Host: "+forwardedHost,
+				v3+": "+signature, maV3+": "+signature, v3+"-Nonce: "+nonce, "Authorization: "+authorization)
+			r.URL = target
+			answer, records := app.send(r)
+			if answer.Code >= 500 || len(records) != 1 || !json.Valid([]byte(records[0])) {
+				t.Errorf("%d %s\nlog: %s", answer.Code, answer.Body, records)
+			}
+			if answer.Code == 200 {
+				wantResponse(t, answer.Body)
+			}
+			return answer.Code
+		}
+		send(open, target, signature, nonce)
+		if status := send(closed, target, signature, nonce); status == 200 {
+			t.Error("answered without a signature")
+		}
+		switch mediaType, _, _ := mime.ParseMediaType(contentType); mediaType {
+		case "multipart/form-data":
+			return // Plivo signs none
+		case "application/x-www-form-urlencoded":
+			form = body
+		default:
+			form = ""
+		}
+		if _, err := url.ParseQuery(form); err != nil {
+			return
+		}
+		signature = sign(testToken, publicURL+path, form, testNonce)
+		if status := send(configured, &url.URL{Path: path}, signature, testNonce); status == 403 {
+			t.Error("forbidden though signed")
+		}
+	})
+}
+
+// wantResponse checks for a well-formed XML document of one <Response>.
+func wantResponse(t *testing.T, document io.Reader) {
+	decoder := xml.NewDecoder(document)
+	var response struct {
+		XMLName xml.Name `xml:"Response"`
+	}
+	if err := decoder.Decode(&response); err != nil {
+		t.Error(err)
+	}
+	if _, err := decoder.Token(); err != io.EOF {
+		t.Errorf("after the document: %v", err)
 	}
 }
 
@@ -431,7 +842,7 @@ func TestMain(m *testing.M) {
 type process struct {
 	*exec.Cmd
 	url    string
-	log    *bufio.Reader // after the first record
+	log    chan []byte // all of it but the first record, when the process has ended
 	stderr bytes.Buffer
 }
 
@@ -454,20 +865,28 @@ func start(t *testing.T, variables ...string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.Process.Kill() })
-	p.log = bufio.NewReader(stdout)
-	first, _ := p.log.ReadString('\n')
+	log := bufio.NewReader(stdout)
+	first, _ := log.ReadString('\n')
 	var listening struct{ Msg, Address string }
 	if json.Unmarshal([]byte(first), &listening); listening.Msg == "listening" {
 		p.url = "http://" + listening.Address
 	}
+	p.log = make(chan []byte, 1)
+	go func() {
+		rest, _ := io.ReadAll(log)
+		p.log <- rest
+	}()
 	return p
 }
 
-// stop sends a signal, and answers the rest of the log when the process has ended with status 0.
+// stop sends a signal, if there is one, and answers the rest of the log when the process has
+// ended with status 0.
 func (p *process) stop(t *testing.T, signal os.Signal) (records []string) {
 	t.Helper()
-	p.Process.Signal(signal)
-	rest, _ := io.ReadAll(p.log)
+	if signal != nil {
+		p.Process.Signal(signal)
+	}
+	rest := <-p.log
 	if err := p.Wait(); err != nil || p.stderr.Len() > 0 {
 		t.Errorf("after %v: %v, stderr: %q", signal, err, &p.stderr)
 	}
@@ -495,7 +914,8 @@ func TestServer(t *testing.T) {
 
 			records := server.stop(t, signal)
 			want := []string{
-				`{"level":"WARN","msg":"DIAL_TO is not set: calls are forwarded to +12025550123, a number reserved for fiction"}`,
+				`{"level":"WARN","msg":"DIAL_TO is not set: calls are forwarded to a number reserved for fiction","number":"+12025550123"}`,
+				`{"level":"WARN","msg":"PLIVO_AUTH_TOKEN is not set: everybody may call, with PHLO_BASIC_AUTH or without"}`,
 				ringingRecord,
 				`{"level":"WARN","msg":"rejected","status":404,"reason":"not found: send to /dialstatus/ or /dialstatus/action/","path":"/index.html"}`,
 			}
@@ -506,6 +926,30 @@ func TestServer(t *testing.T) {
 				t.Error("something still listens")
 			}
 		})
+	}
+}
+
+func TestSecondSignalDoesNotWait(t *testing.T) {
+	server := start(t)
+	connection, err := net.Dial("tcp", strings.TrimPrefix(server.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer connection.Close()
+	io.WriteString(connection, "POST /dialstatus/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+	bufio.NewReader(connection).ReadString('\n') // it waits for the body
+	ended := make(chan error, 1)
+	go func() { ended <- server.Wait() }()
+	for {
+		server.Process.Signal(os.Interrupt)
+		select {
+		case err := <-ended:
+			if err == nil {
+				t.Error("waited for the request")
+			}
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
 }
 
@@ -522,8 +966,8 @@ func TestServerDoesNotStart(t *testing.T) {
 		lines     []string // the start of each
 	}{
 		{"every problem is told", []string{"DIAL_TO=me", "PORT=http"}, []string{`PORT "http": want`, `DIAL_TO "me": want`}},
-		{"the port is taken", []string{"PORT=" + port}, []string{`HOST "127.0.0.1", PORT "` + port + `": listen tcp 127.0.0.1:` + port + ": bind: address already in use"}},
-		{"the host is not here", []string{"HOST=192.0.2.1"}, []string{`HOST "192.0.2.1", PORT "0": listen tcp 192.0.2.1:0: bind:`}},
+		{"the port is taken", []string{"PORT=" + port}, []string{"HOST and PORT: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},
+		{"the host is not here", []string{"HOST=192.0.2.1"}, []string{"HOST and PORT: listen tcp 192.0.2.1:0: bind:"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			server := start(t, test.variables...)
@@ -544,6 +988,148 @@ func TestServerDoesNotStart(t *testing.T) {
 	}
 }
 
+func TestHeaderLimit(t *testing.T) {
+	server := start(t)
+	for size, status := range map[int]int{31 << 10: 200, 33 << 10: 431, 100 << 10: 431} {
+		r, _ := http.NewRequest(http.MethodPost, server.url+"/dialstatus/", nil)
+		r.Header.Set("X", strings.Repeat("a", size))
+		if answer, err := http.DefaultClient.Do(r); err != nil || answer.StatusCode != status {
+			t.Errorf("a header of %d bytes: %v, %v; want %d", size, answer, err, status)
+		}
+	}
+}
+
+// 1,500 clients drip their requests, half of them the header and half the body. All are cut off,
+// while good requests are answered and memory stays low.
+func TestSlowClients(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 10 seconds")
+	}
+	t.Parallel()
+	server := start(t)
+	address := strings.TrimPrefix(server.url, "http://")
+	const clients = 1500
+	cutOff := make(chan bool, clients)
+	for i := range clients {
+		go func() {
+			limit := 10 * time.Second // to send all of it
+			if i%2 == 0 {
+				limit = 5 * time.Second // to send the header
+			}
+			began := time.Now()
+			defer func() {
+				if after := time.Since(began); after > limit+4*time.Second {
+					t.Errorf("cut off after %v, not %v", after, limit)
+				}
+				cutOff <- true
+			}()
+			connection, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer connection.Close()
+			request := "POST /dialstatus/ HTTP/1.1\r\nHost: localhost\r\n"
+			if i%2 == 1 {
+				request += "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 60000\r\n\r\n"
+			}
+			io.WriteString(connection, request)
+			closed := make(chan struct{})
+			go func() {
+				defer close(closed)
+				io.Copy(io.Discard, connection)
+			}()
+			for {
+				select {
+				case <-closed:
+					return
+				case <-time.After(time.Second):
+					io.WriteString(connection, "a")
+				}
+			}
+		}()
+	}
+	for range clients {
+		for {
+			select {
+			case <-cutOff:
+			case <-time.After(100 * time.Millisecond):
+				wantAnswer(t, server.url, "")
+				continue
+			}
+			break
+		}
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", server.Process.Pid))
+	if err != nil {
+		t.Skip("this system does not tell the peak of memory: ", err)
+	}
+	var peak int
+	_, line, _ := strings.Cut(string(status), "VmHWM:")
+	if fmt.Sscan(line, &peak); peak == 0 || peak > 80<<10 {
+		t.Errorf("peak memory: %d KiB", peak)
+	} else {
+		t.Logf("peak memory: %d KiB", peak)
+	}
+}
+
+// wantAnswer posts the end of a dial with this CallUUID, and checks that the answer is whole. It
+// tells whether there was one.
+func wantAnswer(t *testing.T, server, callUUID string) bool {
+	answer, err := http.PostForm(server+"/dialstatus/action/", url.Values{"DialStatus": {"completed"}, "CallUUID": {callUUID}})
+	if err != nil {
+		return false
+	}
+	defer answer.Body.Close()
+	if body, err := io.ReadAll(answer.Body); answer.StatusCode != 200 || err != nil || string(body) != hangupXML {
+		t.Errorf("answer: %d %q %v", answer.StatusCode, body, err)
+	}
+	return true
+}
+
+// Every request that got its answer is in the log, once, though the server is stopped under load.
+func TestStopUnderLoad(t *testing.T) {
+	server := start(t)
+	var answered sync.Map
+	var clients sync.WaitGroup
+	for client := range 8 {
+		clients.Go(func() {
+			for i := 0; ; i++ {
+				callUUID := fmt.Sprintf("call-%d-%d", client, i)
+				if !wantAnswer(t, server.url, callUUID) {
+					return
+				}
+				answered.Store(callUUID, true)
+			}
+		})
+	}
+	go func() {
+		time.Sleep(300 * time.Millisecond)
+		server.Process.Signal(syscall.SIGTERM)
+	}()
+	records := server.stop(t, nil)
+	clients.Wait()
+
+	reported := make(map[string]int)
+	for _, record := range records {
+		var dial struct{ CallUUID string }
+		if err := json.Unmarshal([]byte(record), &dial); err != nil {
+			t.Errorf("%v: %s", err, record)
+		}
+		reported[dial.CallUUID]++
+	}
+	count := 0
+	for callUUID := range answered.Range {
+		count++
+		if n := reported[callUUID.(string)]; n != 1 {
+			t.Errorf("%s is %d times in the log", callUUID, n)
+		}
+	}
+	if count < 100 {
+		t.Errorf("only %d requests were answered", count)
+	}
+}
+
 // The same without a process, for what coverage and the race detector see of it.
 func TestRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
@@ -554,6 +1140,7 @@ func TestRun(t *testing.T) {
 	if line, _ := log.ReadString('\n'); !strings.Contains(line, "listening") {
 		t.Errorf("first record: %s", line)
 	}
+	go io.Copy(io.Discard, log)
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
