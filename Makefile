@@ -2,7 +2,7 @@ PORT ?= 8080
 export PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint build demo tunnel
+.PHONY: help run test fuzz lint build demo tunnel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
@@ -12,6 +12,11 @@ run: build ## start the server on port 8080 (PORT=... for another)
 
 test: ## run the tests
 	go test ./...
+
+FUZZTIME ?= 10m
+fuzz: ## send what strangers may send to each route, for ten minutes (FUZZTIME=...)
+	go test -run '^$$' -fuzz FuzzAnswerURL -fuzztime $(FUZZTIME) -fuzzminimizetime 1x .
+	go test -run '^$$' -fuzz FuzzActionURL -fuzztime $(FUZZTIME) -fuzzminimizetime 1x .
 
 lint: ## check the format, go vet and staticcheck
 	@unformatted=$$(gofmt -s -l .); test -z "$$unformatted" || { echo "run gofmt -s -w $$unformatted"; exit 1; }
