@@ -2,7 +2,7 @@ PORT ?= 8080
 export PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz lint build demo tunnel
+.PHONY: help run test bench fuzz lint build demo tunnel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
@@ -12,6 +12,9 @@ run: build ## start the server on port 8080 (PORT=... for another)
 
 test: ## run the tests
 	go test ./...
+
+bench: ## measure both routes against the guide's app
+	go test -run '^$$' -bench . -count 3 .
 
 FUZZTIME ?= 10m
 fuzz: ## send what strangers may send to each route, for ten minutes (FUZZTIME=...)

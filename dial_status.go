@@ -17,7 +17,6 @@ import (
 	"html"
 	"io"
 	"log/slog"
-	"mime"
 	"net"
 	"net/http"
 	"net/url"
@@ -151,6 +150,7 @@ func configure(getenv func(string) string) (cfg config, err error) {
 	return cfg, err
 }
 
+// isPort tells whether a text is a port number.
 func isPort(text string) bool {
 	_, err := strconv.ParseUint(text, 10, 16)
 	return err == nil
@@ -193,9 +193,8 @@ func newApp(cfg config, log *slog.Logger) http.Handler {
 // A handler answers a checked request. base is the URL by which Plivo reached this server.
 type handler func(w http.ResponseWriter, r *http.Request, base string)
 
-// answer is the answer URL: it answers a call with the <Dial>. Plivo calls it once more when the
-// call is over, unless the application has a hangup URL of its own (Plivo's "Application API"):
-// that is answered with an empty <Response>.
+// answer is the answer URL. A call gets the <Dial>. The end of a call, which comes here where the
+// application has no hangup URL (Plivo's "Application API"), gets an empty <Response>.
 func answer(cfg config, log *slog.Logger) handler {
 	over, publicDial := document(), dialDocument(cfg, cfg.publicURL)
 	return func(w http.ResponseWriter, r *http.Request, base string) {
@@ -264,7 +263,7 @@ func reply(w http.ResponseWriter, r *http.Request, log *slog.Logger, level slog.
 	w.Write(document)
 }
 
-// dialDocument is the answer to a call. An action is a fully qualified URL (Plivo's "Dial XML").
+// dialDocument is the XML for a call. Its action is fully qualified, as Plivo's "Dial XML" asks.
 func dialDocument(cfg config, base string) []byte {
 	dial := new(xml.DialElement).SetContents(cfg.destinations).
 		SetAction(base + actionPath + "/").SetMethod(http.MethodPost).SetRedirect(true)
@@ -332,7 +331,8 @@ func readForm(r *http.Request) (status int, reason string) {
 	case err != nil:
 		return http.StatusBadRequest, "the body broke off or came too slowly: send all of it, at once"
 	}
-	switch mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); {
+	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	switch mediaType = strings.ToLower(strings.TrimSpace(mediaType)); {
 	case mediaType == "application/x-www-form-urlencoded":
 		r.PostForm, err = url.ParseQuery(string(body))
 	case mediaType == "multipart/form-data":
@@ -351,9 +351,8 @@ func readForm(r *http.Request) (status int, reason string) {
 	return http.StatusOK, ""
 }
 
-// requestBase is the URL by which a client reached this server: the first entry, the client's
-// side, of a proxy's X-Forwarded-Proto and X-Forwarded-Host, else what the request itself says.
-// It is empty where they make no valid URL.
+// requestBase is the URL by which a client reached this server: what a proxy forwards, its first
+// entry being the client's, else what the request itself says. It is empty where that is not valid.
 func requestBase(r *http.Request) string {
 	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
 	host, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Host"), ",")
@@ -368,8 +367,7 @@ func requestBase(r *http.Request) string {
 	return base
 }
 
-// hasLogin tells whether the request has this user:password, the way in for PHLO's HTTP Request
-// node, which signs nothing. Nothing has an empty login: what is sent has a colon.
+// hasLogin tells whether the request has this user:password. An empty login fits none.
 func hasLogin(r *http.Request, login string) bool {
 	user, password, ok := r.BasicAuth()
 	got, want := sha256.Sum256([]byte(user+":"+password)), sha256.Sum256([]byte(login))

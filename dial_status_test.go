@@ -11,6 +11,7 @@ import (
 	"encoding/xml"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"mime"
@@ -30,6 +31,9 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+
+	"github.com/go-martini/martini"
+	plivoxml "github.com/plivo/plivo-go/v7/xml"
 )
 
 // Requests as Plivo sends them, modelled on captured traffic.
@@ -411,6 +415,7 @@ func TestLimitsAreNotTooNarrow(t *testing.T) {
 		{"a file", "multipart/form-data; boundary=a", "--a\r\nContent-Disposition: form-data; name=DialStatus\r\n\r\ncompleted\r\n" +
 			"--a\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n" + file + "\r\n--a--"},
 		{"JSON with no body", "application/json", ""},
+		{"an odd parameter", "application/x-www-form-urlencoded; charset", "DialStatus=completed"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			answer, _ := app.send(post("/dialstatus/action/?DialStatus=completed", test.body, "Content-Type: "+test.contentType))
@@ -829,13 +834,17 @@ func wantResponse(t *testing.T, document io.Reader) {
 	}
 }
 
-// TestMain lets the test binary be the server itself, so that the tests have a process of it.
+// TestMain lets the test binary be the server itself, so that the tests have a process of it, or
+// the guide's app, to be measured beside it.
 func TestMain(m *testing.M) {
-	if os.Getenv("DIALSTATUS_TEST_SERVER") != "" {
+	switch os.Getenv("TEST_SERVER") {
+	case "dialstatus":
 		main()
-		return
+	case "guide":
+		log.Fatal(http.ListenAndServe(os.Getenv("HOST")+":"+os.Getenv("PORT"), guideApp(os.Stdout)))
+	default:
+		os.Exit(m.Run())
 	}
-	os.Exit(m.Run())
 }
 
 // process is a running server.
@@ -855,7 +864,7 @@ func start(t *testing.T, variables ...string) *process {
 	}
 	p := &process{Cmd: exec.Command(executable)}
 	p.Dir = t.TempDir()
-	p.Env = append([]string{"DIALSTATUS_TEST_SERVER=1", "GOCOVERDIR=" + p.Dir, "HOST=127.0.0.1", "PORT=0"}, variables...)
+	p.Env = append([]string{"TEST_SERVER=dialstatus", "GOCOVERDIR=" + p.Dir, "HOST=127.0.0.1", "PORT=0"}, variables...)
 	p.Stderr = &p.stderr
 	stdout, err := p.StdoutPipe()
 	if err != nil {
@@ -1148,6 +1157,101 @@ func TestRun(t *testing.T) {
 	for _, variable := range []string{"PORT=x", "HOST=192.0.2.1"} {
 		if err := run(ctx, environment(variable, "PORT=0"), io.Discard); err == nil {
 			t.Errorf("started with %s", variable)
+		}
+	}
+}
+
+// guideApp is the app as Plivo's guide writes it.
+func guideApp(logs io.Writer) http.Handler {
+	m := martini.Classic()
+	m.Logger(log.New(logs, "[martini] ", 0))
+	m.Post("/dialstatus/", func(w http.ResponseWriter, r *http.Request) string {
+		w.Header().Set("Content-Type", "application/xml")
+		response := plivoxml.ResponseElement{
+			Contents: []interface{}{
+				new(plivoxml.DialElement).
+					SetAction("http://foo.com/dialstatus/action/").
+					SetMethod("POST").
+					SetRedirect(true).
+					SetContents([]interface{}{
+						new(plivoxml.NumberElement).SetContents("12025550123"),
+					}),
+			},
+		}
+		return response.String()
+	})
+	m.Post("/dialstatus/action", func(w http.ResponseWriter, r *http.Request) string {
+		status := r.FormValue("DialStatus")
+		aleg := r.FormValue("DialALegUUID")
+		bleg := r.FormValue("DialBLegUUID")
+		result := status + " " + aleg + " " + bleg
+		return result
+	})
+	return m
+}
+
+// sink takes log records. Unlike io.Discard, which makes log.Logger format nothing.
+type sink struct{}
+
+func (sink) Write(record []byte) (int, error) { return len(record), nil }
+
+// bareHandler is the least that net/http can do: it parses the form and answers.
+func bareHandler(w http.ResponseWriter, r *http.Request) {
+	r.ParseForm()
+	w.Header().Set("Content-Type", "application/xml")
+	io.WriteString(w, hangupXML)
+}
+
+// bareWriter takes answers.
+type bareWriter http.Header
+
+func (w bareWriter) Header() http.Header              { return http.Header(w) }
+func (w bareWriter) Write(answer []byte) (int, error) { return len(answer), nil }
+func (w bareWriter) WriteHeader(status int)           {}
+
+// Each route, in the guide's app, in a bare net/http handler, in this app, and in this app with a
+// signature to check. x-guide is the time in proportion to the guide's.
+func Benchmark(b *testing.B) {
+	this := func(variables ...string) http.Handler {
+		cfg, err := configure(environment(append(variables, "PUBLIC_URL="+publicURL)...))
+		if err != nil {
+			b.Fatal(err)
+		}
+		return newApp(cfg, slog.New(slog.NewJSONHandler(sink{}, nil)))
+	}
+	for _, route := range []struct{ name, path, form string }{
+		{"answer", "/dialstatus/", ringingCall},
+		{"action", "/dialstatus/action/", completedDial},
+	} {
+		var guide float64
+		for _, app := range []struct {
+			name string
+			http.Handler
+		}{
+			{"guide", guideApp(sink{})},
+			{"floor", http.HandlerFunc(bareHandler)},
+			{"dialstatus", this()},
+			{"dialstatus-signed", this("PLIVO_AUTH_TOKEN=" + testToken)},
+		} {
+			b.Run(route.name+"/"+app.name, func(b *testing.B) {
+				request := signed(route.path, route.form, v3)
+				answer := httptest.NewRecorder()
+				if app.ServeHTTP(answer, request); answer.Code != 200 {
+					b.Fatal(answer.Code, answer.Body)
+				}
+				writer := make(bareWriter)
+				b.ReportAllocs()
+				for b.Loop() {
+					r := *request
+					r.Form, r.PostForm, r.Body = nil, nil, io.NopCloser(strings.NewReader(route.form))
+					app.ServeHTTP(writer, &r)
+				}
+				perOp := float64(b.Elapsed()) / float64(b.N)
+				if app.name == "guide" {
+					guide = perOp
+				}
+				b.ReportMetric(perOp/guide, "x-guide")
+			})
 		}
 	}
 }
