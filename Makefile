@@ -43,7 +43,8 @@ trap 'rm $$log; kill $$server; wait $$server' EXIT
 trap 'exit 1' INT TERM
 until address=$$(grep -o '127[0-9.]*:[0-9]*' $$log); do kill -0 $$server; sleep 0.1; done
 
-call='CallUUID=38cb006a-e25d-4455-9862-27550dbea7e9&From=12025550123&To=12025550199&Direction=inbound'
+leg=38cb006a-e25d-4455-9862-27550dbea7e9
+call="CallUUID=$$leg&From=12025550123&To=12025550199&Direction=inbound"
 post() { # post PATH FIELDS
 	printf '\n%s  %s\n' "$$1" "$$2"
 	curl -sSf -d "$$call&$$2" "$$address$$1"
@@ -53,7 +54,7 @@ post /dialstatus/ 'CallStatus=ringing'
 for dial in 'completed&DialHangupCause=NORMAL_CLEARING' 'busy&DialHangupCause=USER_BUSY' \
 	'no-answer&DialHangupCause=NO_ANSWER' 'timeout&DialHangupCause=RECOVERY_ON_TIMER_EXPIRE' \
 	'failed&DialHangupCause=UNALLOCATED_NUMBER' 'cancel&DialHangupCause=ORIGINATOR_CANCEL'; do
-	post /dialstatus/action/ "DialStatus=$$dial"
+	post /dialstatus/action/ "DialALegUUID=$$leg&DialStatus=$$dial"
 done
 post /dialstatus/ 'CallStatus=completed&HangupCause=NORMAL_CLEARING&Duration=14'
 endef

@@ -530,6 +530,15 @@ const (
 	maV3 = "X-Plivo-Signature-Ma-V3"
 )
 
+// manyFields is n more fields for a form.
+func manyFields(n int) string {
+	var form strings.Builder
+	for i := range n {
+		fmt.Fprintf(&form, "&field%d=", i)
+	}
+	return form.String()
+}
+
 func TestPlivoMayCall(t *testing.T) {
 	configured := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL)
 	tunnelled := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
@@ -559,6 +568,7 @@ func TestPlivoMayCall(t *testing.T) {
 		{"no form, only a query", configured, signed("/dialstatus/action/?DialStatus=busy", "", v3)},
 		{"neither form nor query", configured, signed("/dialstatus/", "", v3)},
 		{"a repeated field", configured, signed("/dialstatus/action/", completedDial+"&From=1", v3)},
+		{"many fields", configured, signed("/dialstatus/action/", "DialStatus=busy"+manyFields(maxSigned-1), v3)},
 		{"a value that ends in a dot", configured, signed("/dialstatus/action/", completedDial+".", v3)},
 		{"multipart", configured, multipartRequest},
 		{"several tokens", configured, several("c2lnbmVk," + signature + ",c2lnbmVk")},
@@ -629,6 +639,8 @@ func TestForgeries(t *testing.T) {
 		{"added dots behind a query", app, forged(query, completedDial+"..", query, completedDial)},
 		{"added dots in the query", app, forged(query+"%2E", "", query, "")},
 		{"added ampersands in the query", app, forged(query+"%26%26", completedDial, query, completedDial)},
+		{"too many fields", app, signed(action, completedDial+manyFields(maxSigned), v3)},
+		{"too many fields in the query", app, signed(query+manyFields(maxSigned), completedDial, v3)},
 		{"other path", app, forged("/dialstatus/", completedDial, action, completedDial)},
 		{"other slash", app, forged("/dialstatus/action", completedDial, action, completedDial)},
 		{"other host", tunnelled, with("X-Forwarded-Proto: https", "Host: evil.example")},
@@ -803,7 +815,7 @@ func fuzz(f *testing.F, path, form string) {
 		if send(closed, strange()) == 200 {
 			t.Error("answered without a signature")
 		}
-		if _, err := url.ParseQuery(body); err == nil && send(configured, signed(path, body, v3)) == 403 {
+		if form, err := url.ParseQuery(body); err == nil && len(form) <= maxSigned && send(configured, signed(path, body, v3)) == 403 {
 			t.Error("forbidden though signed")
 		}
 	})
