@@ -385,11 +385,10 @@ func isSigned(r *http.Request, called, authToken string) bool {
 		params[name] = strings.Join(values, name)
 		last = max(last, name)
 	}
-	unsigned := strings.Contains(called, "#")
+	nonce, unsigned := r.Header.Get("X-Plivo-Signature-V3-Nonce"), strings.Contains(called, "#")
 	for _, values := range r.URL.Query() {
 		unsigned = unsigned || len(values) > 1 || strings.TrimRight(values[0], ".&") != values[0] || strings.HasSuffix(last+params[last], ".")
 	}
-	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || unsigned || len(r.Form) > maxSigned {
 		return false
 	}
