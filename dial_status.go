@@ -168,7 +168,7 @@ func isBaseURL(text string) bool {
 // every request needs stands around Martini, not in middleware, which costs reflection on each.
 func newApp(cfg config, log *slog.Logger) http.Handler {
 	routes := martini.NewRouter()
-	routes.Post(actionPath, checked(cfg, log, action(log)))
+	routes.Post(actionPath, checked(cfg, log, action(log))) // first: Martini tries the patterns in turn
 	routes.Post(answerPath, checked(cfg, log, answer(cfg, log)))
 	routes.NotFound(func(w http.ResponseWriter, r *http.Request) {
 		if allowed := strings.Join(routes.MethodsFor(r.URL.Path), ", "); allowed != "" {
@@ -246,10 +246,9 @@ var (
 	}
 	// callIsOver is each CallStatus that Plivo sends when a call is over.
 	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true, "timeout": true, "no-answer": true, "cancel": true}
-
 	// What is reported: Plivo's fields by their names, which are the log's keys.
 	callFields   = []string{"CallUUID", "From", "To", "Direction", "CallStatus"}
-	hangupFields = []string{"CallUUID", "From", "To", "Direction", "CallStatus", "HangupCause", "Duration"}
+	hangupFields = slices.Concat(callFields, []string{"HangupCause", "Duration"})
 	dialFields   = []string{"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause", "CallUUID", "From", "To"}
 )
 
@@ -375,22 +374,23 @@ func hasLogin(r *http.Request, login string) bool {
 	return ok && hmac.Equal(got[:], want[:])
 }
 
-// isSigned tells whether the request has a V3 signature ("Signature Validation" in Plivo's Voice
-// docs) of the URL called, its form and its nonce, maybe among several: one for each token of the
-// account. What plivo-go leaves unsigned where there is a query is refused: a fragment, the second
-// value of a name, and dots and ampersands at an end.
+// isSigned tells whether a V3 signature of the request's, which can have one for each auth token, is
+// of the URL called, its form and its nonce (Plivo's "Signature Validation"). Refused is what plivo-go
+// leaves unsigned: a fragment, and with a query a name's second value, or dots and "&" at an end.
 func isSigned(r *http.Request, called, authToken string) bool {
+	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
+	if nonce == "" || len(r.Form) > maxSigned || strings.Contains(called, "#") {
+		return false
+	}
 	params, last := make(map[string]string, len(r.PostForm)), ""
 	for name, values := range r.PostForm {
 		params[name] = strings.Join(values, name)
 		last = max(last, name)
 	}
-	nonce, unsigned := r.Header.Get("X-Plivo-Signature-V3-Nonce"), strings.Contains(called, "#")
 	for _, values := range r.URL.Query() {
-		unsigned = unsigned || len(values) > 1 || strings.TrimRight(values[0], ".&") != values[0] || strings.HasSuffix(last+params[last], ".")
-	}
-	if nonce == "" || unsigned || len(r.Form) > maxSigned {
-		return false
+		if len(values) > 1 || strings.TrimRight(values[0], ".&") != values[0] || strings.HasSuffix(last+params[last], ".") {
+			return false
+		}
 	}
 	want := []byte(plivo.ComputeSignatureV3(authToken, called, r.Method, nonce, params))
 	signatures := r.Header.Get("X-Plivo-Signature-V3") + "," + r.Header.Get("X-Plivo-Signature-Ma-V3")
