@@ -144,7 +144,7 @@ func wantXML(t *testing.T, app *testApp, r *http.Request, document, record strin
 }
 
 // wantRejection checks for the status, one plain line with the text, and one record of both.
-func wantRejection(t *testing.T, app *testApp, r *http.Request, status int, text string) {
+func wantRejection(t *testing.T, app *testApp, r *http.Request, status int, text string) (answer *httptest.ResponseRecorder) {
 	t.Helper()
 	answer, records := app.send(r)
 	line := strings.TrimSuffix(answer.Body.String(), "\n")
@@ -165,6 +165,7 @@ func wantRejection(t *testing.T, app *testApp, r *http.Request, status int, text
 	if record.Level != "WARN" || record.Msg != "rejected" || record.Status != status || record.Reason != line || record.Path != r.URL.Path {
 		t.Errorf("log: %s", records[0])
 	}
+	return answer
 }
 
 func TestAnswerURL(t *testing.T) {
@@ -336,9 +337,7 @@ func TestRejections(t *testing.T) {
 		{"GET", "/dial_status.go", 404, "/dialstatus/"},
 	} {
 		t.Run(test.method+" "+test.target, func(t *testing.T) {
-			r := httptest.NewRequest(test.method, test.target, nil)
-			wantRejection(t, app, r, test.status, test.text)
-			answer, _ := app.send(r)
+			answer := wantRejection(t, app, httptest.NewRequest(test.method, test.target, nil), test.status, test.text)
 			if allow := answer.Header().Get("Allow"); (allow == "POST") != (test.status == 405) {
 				t.Errorf("Allow: %q", allow)
 			}
@@ -409,15 +408,15 @@ func TestLimitsAreNotTooNarrow(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	app := newTestApp(t)
 	file := strings.Repeat("a", 60<<10)
-	for _, test := range []struct{ name, contentType, body string }{
-		{"a body at the limit", "application/x-www-form-urlencoded", "DialStatus=completed&a=" + strings.Repeat("a", maxBody-23)},
-		{"a file", "multipart/form-data; boundary=a", "--a\r\nContent-Disposition: form-data; name=DialStatus\r\n\r\ncompleted\r\n" +
+	for _, test := range []struct{ name, query, contentType, body string }{
+		{"a body at the limit", "", "application/x-www-form-urlencoded", "DialStatus=completed&a=" + strings.Repeat("a", maxBody-23)},
+		{"a file", "", "multipart/form-data; boundary=a", "--a\r\nContent-Disposition: form-data; name=DialStatus\r\n\r\ncompleted\r\n" +
 			"--a\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n" + file + "\r\n--a--"},
-		{"JSON with no body", "application/json", ""},
-		{"an odd parameter", "application/x-www-form-urlencoded; charset", "DialStatus=completed"},
+		{"JSON with no body", "?DialStatus=completed", "application/json", ""},
+		{"an odd parameter", "", "application/x-www-form-urlencoded; charset", "DialStatus=completed"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			answer, _ := app.send(post("/dialstatus/action/?DialStatus=completed", test.body, "Content-Type: "+test.contentType))
+			answer, _ := app.send(post("/dialstatus/action/"+test.query, test.body, "Content-Type: "+test.contentType))
 			if answer.Code != 200 || answer.Body.String() != hangupXML {
 				t.Errorf("%d %s", answer.Code, answer.Body)
 			}
@@ -472,8 +471,13 @@ func sign(authToken, called, form, nonce string) string {
 	if hasQuery && hasParams {
 		text += "."
 	}
+	return keyedHash(authToken, text+params+"."+nonce)
+}
+
+// keyedHash is the HMAC-SHA256 of a text, in base64.
+func keyedHash(authToken, text string) string {
 	mac := hmac.New(sha256.New, []byte(authToken))
-	mac.Write([]byte(text + params + "." + nonce))
+	mac.Write([]byte(text))
 	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
@@ -500,7 +504,7 @@ func TestPublishedSignatures(t *testing.T) {
 		if got := sign(authToken, called, form, nonce); got != signature {
 			t.Errorf("%s: the tests sign %s, Plivo %s", called, got, signature)
 		}
-		r := post(called, form, "X-Plivo-Signature-V3: "+signature, "X-Plivo-Signature-V3-Nonce: "+nonce)
+		r := post(called, form, v3+": "+signature, v3Nonce+": "+nonce)
 		readForm(r)
 		if !isSigned(r, called, authToken) {
 			t.Errorf("%s: not accepted", called)
@@ -516,19 +520,25 @@ const (
 	testLogin = "phlo:pass:word"
 	testNonce = "05429567804466091622"
 	publicURL = "https://calls.example.org"
+
+	v3      = "X-Plivo-Signature-V3"
+	maV3    = "X-Plivo-Signature-Ma-V3"
+	v3Nonce = "X-Plivo-Signature-V3-Nonce"
 )
 
 // signed makes a form post with a signature for it, in the header of that name.
 func signed(target, form, header string, headers ...string) *http.Request {
 	return post(target, form, append(headers,
 		header+": "+sign(testToken, publicURL+target, form, testNonce),
-		"X-Plivo-Signature-V3-Nonce: "+testNonce)...)
+		v3Nonce+": "+testNonce)...)
 }
 
-const (
-	v3   = "X-Plivo-Signature-V3"
-	maV3 = "X-Plivo-Signature-Ma-V3"
-)
+// withLogin makes a form post as PHLO's HTTP Request node does with Basic Auth.
+func withLogin(user, password string) *http.Request {
+	r := post("/dialstatus/action/", completedDial)
+	r.SetBasicAuth(user, password)
+	return r
+}
 
 // manyFields is n more fields for a form.
 func manyFields(n int) string {
@@ -544,17 +554,11 @@ func TestPlivoMayCall(t *testing.T) {
 	tunnelled := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
 	signature := sign(testToken, publicURL+"/dialstatus/action/", completedDial, testNonce)
 	several := func(signatures string) *http.Request {
-		return post("/dialstatus/action/", completedDial, v3+": "+signatures, v3+"-Nonce: "+testNonce)
+		return post("/dialstatus/action/", completedDial, v3+": "+signatures, v3Nonce+": "+testNonce)
 	}
 	multipartBody, multipartType := multipartForm(t, "DialStatus=completed")
 	multipartRequest := post("/dialstatus/action/", multipartBody, "Content-Type: "+multipartType,
-		v3+": "+sign(testToken, publicURL+"/dialstatus/action/", "DialStatus=completed", testNonce), v3+"-Nonce: "+testNonce)
-	phlo := func(login string) *http.Request {
-		r := post("/dialstatus/action/", completedDial)
-		user, password, _ := strings.Cut(login, ":")
-		r.SetBasicAuth(user, password)
-		return r
-	}
+		v3+": "+sign(testToken, publicURL+"/dialstatus/action/", "DialStatus=completed", testNonce), v3Nonce+": "+testNonce)
 	for _, test := range []struct {
 		name    string
 		app     *testApp
@@ -574,7 +578,7 @@ func TestPlivoMayCall(t *testing.T) {
 		{"several tokens", configured, several("c2lnbmVk," + signature + ",c2lnbmVk")},
 		{"several tokens, spaces", configured, several("c2lnbmVk , " + signature + " ,")},
 		{"one header is for another token", configured, signed("/dialstatus/action/", completedDial, maV3, v3+": c2lnbmVk")},
-		{"PHLO's login", configured, phlo(testLogin)},
+		{"PHLO's login", configured, withLogin("phlo", "pass:word")},
 		{"ngrok", tunnelled, signed("/dialstatus/", ringingCall, v3, "Host: localhost:8080", "X-Forwarded-Proto: https", "X-Forwarded-Host: calls.example.org")},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -605,20 +609,13 @@ func TestForgeries(t *testing.T) {
 	// forged posts a form with the signature of another.
 	forged := func(target, form, signedTarget, signedForm string, headers ...string) *http.Request {
 		r := signed(signedTarget, signedForm, v3)
-		return post(target, form, append([]string{v3 + ": " + r.Header.Get(v3), v3 + "-Nonce: " + testNonce}, headers...)...)
+		return post(target, form, append([]string{v3 + ": " + r.Header.Get(v3), v3Nonce + ": " + testNonce}, headers...)...)
 	}
 	with := func(headers ...string) *http.Request {
 		return forged(action, completedDial, action, completedDial, headers...)
 	}
 	replace := func(old, new string) string { return strings.Replace(completedDial, old, new, 1) }
-	login := func(user, password string) *http.Request {
-		r := post(action, completedDial)
-		r.SetBasicAuth(user, password)
-		return r
-	}
-	mac := hmac.New(sha256.New, []byte(testToken))
-	mac.Write([]byte(publicURL + action + testNonce))
-	v2 := base64.StdEncoding.EncodeToString(mac.Sum(nil))
+	v2 := keyedHash(testToken, publicURL+action+testNonce)
 
 	for _, test := range []struct {
 		name    string
@@ -647,8 +644,8 @@ func TestForgeries(t *testing.T) {
 		{"other forwarded host", tunnelled, with("X-Forwarded-Proto: https", "Host: calls.example.org", "X-Forwarded-Host: evil.example")},
 		{"other scheme", tunnelled, with("X-Forwarded-Proto: http", "Host: calls.example.org")},
 		{"other port", tunnelled, with("X-Forwarded-Proto: https", "Host: calls.example.org:8443")},
-		{"other nonce", app, with(v3 + "-Nonce: 05429567804466091623")},
-		{"empty nonce", app, post(action, completedDial, v3+": "+sign(testToken, publicURL+action, completedDial, ""), v3+"-Nonce: ")},
+		{"other nonce", app, with(v3Nonce + ": 05429567804466091623")},
+		{"empty nonce", app, post(action, completedDial, v3+": "+sign(testToken, publicURL+action, completedDial, ""), v3Nonce+": ")},
 		{"no nonce", app, post(action, completedDial, v3+": "+sign(testToken, publicURL+action, completedDial, ""))},
 		{"other token", app, with(v3 + ": " + sign("other", publicURL+action, completedDial, testNonce))},
 		{"empty token", app, with(v3 + ": " + sign("", publicURL+action, completedDial, testNonce))},
@@ -660,12 +657,12 @@ func TestForgeries(t *testing.T) {
 		{"no headers, answer URL", app, post("/dialstatus/", ringingCall)},
 		{"V2 only", app, post(action, completedDial, "X-Plivo-Signature-V2: "+v2, "X-Plivo-Signature-Ma-V2: "+v2, "X-Plivo-Signature-V2-Nonce: "+testNonce)},
 		{"V2's signature as V3's", app, with(v3 + ": " + v2)},
-		{"other password", app, login("phlo", "pass:wor")},
-		{"longer password", app, login("phlo", "pass:words")},
-		{"other user", app, login("plho", "pass:word")},
-		{"empty login", app, login("", "")},
-		{"empty login where none is set", withoutLogin, login("", "")},
-		{"login where none is set", withoutLogin, login("phlo", "pass:word")},
+		{"other password", app, withLogin("phlo", "pass:wor")},
+		{"longer password", app, withLogin("phlo", "pass:words")},
+		{"other user", app, withLogin("plho", "pass:word")},
+		{"empty login", app, withLogin("", "")},
+		{"empty login where none is set", withoutLogin, withLogin("", "")},
+		{"login where none is set", withoutLogin, withLogin("phlo", "pass:word")},
 		{"another way to log in", app, post(action, completedDial, "Authorization: Bearer "+testLogin)},
 		{"a login that does not decode", app, post(action, completedDial, "Authorization: Basic "+testLogin)},
 	} {
@@ -807,7 +804,7 @@ func fuzz(f *testing.F, path, form string) {
 		}
 		strange := func() *http.Request {
 			r := post(path, body, "Content-Type: "+contentType, "Host: "+host, "X-Forwarded-Proto: "+proto, "X-Forwarded-Host: "+forwardedHost,
-				v3+": "+signature, maV3+": "+signature, v3+"-Nonce: "+nonce, "Authorization: "+authorization)
+				v3+": "+signature, maV3+": "+signature, v3Nonce+": "+nonce, "Authorization: "+authorization)
 			r.URL = target
 			return r
 		}
@@ -889,13 +886,10 @@ func start(t *testing.T, variables ...string) *process {
 	return p
 }
 
-// stop sends a signal, if there is one, and answers the rest of the log when the process has
-// ended with status 0.
+// stop sends a signal, and answers the rest of the log when the process has ended with status 0.
 func (p *process) stop(t *testing.T, signal os.Signal) (records []string) {
 	t.Helper()
-	if signal != nil {
-		p.Process.Signal(signal)
-	}
+	p.Process.Signal(signal)
 	rest := <-p.log
 	if err := p.Wait(); err != nil || p.stderr.Len() > 0 {
 		t.Errorf("after %v: %v, stderr: %q", signal, err, &p.stderr)
@@ -1113,11 +1107,8 @@ func TestStopUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	go func() {
-		time.Sleep(300 * time.Millisecond)
-		server.Process.Signal(syscall.SIGTERM)
-	}()
-	records := server.stop(t, nil)
+	time.Sleep(300 * time.Millisecond)
+	records := server.stop(t, syscall.SIGTERM)
 	clients.Wait()
 
 	reported := make(map[string]int)
