@@ -1,10 +1,10 @@
-// Dialstatus reports what became of every call that Plivo forwards. It is Plivo's guide
-// "Dial Status Reporting Using Go", made fit for real calls:
+// Dialstatus reports what became of every call that Plivo forwards. It is
+// Plivo's guide "Dial Status Reporting Using Go", made fit for real calls:
 //
-//	POST /dialstatus/        the answer URL. A call gets the XML that dials the configured
-//	                         destinations; the end of a call gets an empty <Response>.
-//	POST /dialstatus/action  the action URL of that <Dial>. What became of it is one record in
-//	                         the log; the answer is the XML that carries the call on.
+//	POST /dialstatus/        the answer URL: a call gets the XML that dials;
+//	                         its end is reported here
+//	POST /dialstatus/action  the <Dial>'s action URL: what became of it is
+//	                         reported, and the XML carries the call on
 package main
 
 import (
@@ -12,11 +12,13 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"html"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -31,12 +33,20 @@ import (
 	"time"
 
 	"github.com/go-martini/martini"
-	"github.com/plivo/plivo-go/v7"
 	"github.com/plivo/plivo-go/v7/xml"
 )
 
+const (
+	answerPath = "/dialstatus" // Martini also matches it with a slash at its end
+	actionPath = "/dialstatus/action"
+
+	maxBody = 64 << 10 // bytes of a body; Plivo sends less than 1 KiB
+)
+
 func main() {
-	debug.SetGCPercent(200) // with so small a heap, twice the requests between collections cost 4 MiB
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(200) // the heap is small: 8 % faster for 4 MiB
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	if err := run(ctx, os.Getenv, os.Stdout); err != nil {
@@ -45,8 +55,9 @@ func main() {
 	}
 }
 
-// run serves until ctx is done, then lets the requests under way finish. It logs JSON lines to
-// stdout. Its error says why it could not start, a line for each problem, or why it had to stop.
+// run serves until ctx is done, then lets the requests under way finish. It
+// logs JSON lines to stdout. Its error says why it could not start, a line for
+// each problem, or why it had to stop.
 func run(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
 	cfg, err := configure(getenv)
 	if err != nil {
@@ -59,20 +70,12 @@ func run(ctx context.Context, getenv func(string) string, stdout io.Writer) erro
 	log := slog.New(slog.NewJSONHandler(stdout, nil))
 	log.Info("listening", "address", listener.Addr().String())
 	if getenv("DIAL_TO") == "" {
-		log.Warn("DIAL_TO is not set: calls are forwarded to a number reserved for fiction", "number", fictionalNumber)
+		log.Warn("DIAL_TO is not set: calls are forwarded to a number reserved for fiction")
 	}
 	if cfg.authToken == "" {
-		log.Warn("PLIVO_AUTH_TOKEN is not set: everybody may call, with PHLO_BASIC_AUTH or without")
+		log.Warn("PLIVO_AUTH_TOKEN is not set: requests from anybody are answered, signed or not")
 	}
-	server := &http.Server{
-		Handler:           newApp(cfg, log),
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second, // header and body
-		WriteTimeout:      10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    28 << 10, // net/http adds 4 KiB: 32 in all
-	}
+	server := newServer(newApp(cfg, log))
 	stopped := make(chan struct{})
 	context.AfterFunc(ctx, func() {
 		grace, cancel := context.WithTimeout(context.Background(), 10*time.Second)
@@ -87,197 +90,249 @@ func run(ctx context.Context, getenv func(string) string, stdout io.Writer) erro
 	return nil
 }
 
-const (
-	answerPath      = "/dialstatus" // Martini matches it with and without a slash at its end
-	actionPath      = "/dialstatus/action"
-	maxBody         = 64 << 10 // bytes; Plivo sends less than one KiB
-	maxSigned       = 200      // fields; Plivo signs less than 50, and plivo-go's time grows with their square
-	fictionalNumber = "+12025550123"
-)
-
-// config is what the environment says, checked. What it does not say is empty.
-type config struct {
-	address, callerID, publicURL, authToken, basicAuth string
-
-	destinations []any // <Number> and <User>
-	timeout      int   // seconds
+// newServer returns the app's server with its limits.
+func newServer(a *app) *http.Server {
+	return &http.Server{
+		Handler:           a,
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
+		MaxHeaderBytes:    28 << 10, // net/http adds 4 KiB: 32 in all
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second, // header and body
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+	}
 }
 
-var (
-	e164    = regexp.MustCompile(`^\+?[1-9][0-9]{6,14}$`)
-	sipURI  = regexp.MustCompile(`^sip:[!#-;=?A-~]+@[!#-;=?A-~]+$`) // printable, no " < > @
-	baseURL = regexp.MustCompile(`^https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[A-Za-z0-9._~%/-]*)?$`)
-	secret  = regexp.MustCompile(`(?s)^(PLIVO_AUTH_TOKEN|PHLO_BASIC_AUTH)=.|^PUBLIC_URL=.*@`)
+// config is what the environment says, checked. What it does not say is empty
+// or has its default.
+type config struct {
+	address     string // where to listen, host:port
+	dialTo      string // E.164 numbers and SIP URIs, separated by commas
+	callerID    string // that the called party sees
+	dialTimeout int    // seconds to let it ring
+	publicURL   string // by which Plivo reaches this server, no slash at its end
+	authToken   string // with which Plivo signs
+	basicAuth   string // user:password of PHLO's HTTP Request node
+}
+
+const (
+	required = 1 << iota // where MARTINI_ENV is production
+	secret               // never printed
 )
 
-// configure reads and checks the environment. Its error has a line for every problem: the
-// variable, its value unless that may be a secret, and what is wanted.
-func configure(getenv func(string) string) (cfg config, err error) {
-	bad := func(variable, value, want string) {
-		if secret.MatchString(variable + "=" + value) {
+// variables are those of the environment, with what each must be.
+var variables = []struct {
+	name    string
+	rules   int
+	isValid func(value string) bool
+	want    string
+}{
+	{"DIAL_TO", required, isDialTo, "E.164 numbers, country code first (+12025550123), and SIP URIs " +
+		"(sip:user@example.com), separated by commas"},
+	{"CALLER_ID", 0, matches(number), "an E.164 number of your account (+12025550123)"},
+	{"DIAL_TIMEOUT", 0, matches(`[1-9][0-9]{0,8}`), "whole seconds to let it ring, at least 1"},
+	{"PUBLIC_URL", required, isBaseURL, "the URL by which Plivo reaches this server: http or https, " +
+		"a host, perhaps a path, and nothing else"},
+	{"PORT", 0, matches(port), "a port number to listen on, 0 to 65535"},
+	{"PLIVO_AUTH_TOKEN", required | secret, matches(`\S+`), "the auth token as the console shows it"},
+	{"PHLO_BASIC_AUTH", secret, matches(`[^:]+:.+`), "user:password of PHLO's HTTP Request node"},
+}
+
+// configure reads and checks the environment. Its error has a line for every
+// problem: the variable, its value unless a password may be in it, and what is
+// wanted.
+func configure(getenv func(string) string) (config, error) {
+	var problems []error
+	for _, v := range variables {
+		value, want := getenv(v.name), v.want
+		switch {
+		case value == "" && v.rules&required != 0 && getenv("MARTINI_ENV") == martini.Prod:
+			want = "a value when MARTINI_ENV is " + martini.Prod
+		case value == "" || v.isValid(value):
+			continue
+		}
+		if value != "" && v.rules&secret != 0 || strings.Contains(value, "@") {
 			value = "(not shown)"
 		}
-		err = errors.Join(err, fmt.Errorf("%s %q: want %s", variable, value, want))
+		problems = append(problems, fmt.Errorf("%s %q: want %s", v.name, value, want))
 	}
-	read := func(variable string, valid func(string) bool, want string) string {
-		value := getenv(variable)
-		if value != "" && !valid(value) {
-			bad(variable, value, want)
-		}
-		return value
-	}
-	cfg.address = net.JoinHostPort(getenv("HOST"), cmp.Or(read("PORT", isPort, "a port number, 0 to 65535"), "8080"))
-	for destination := range strings.SplitSeq(cmp.Or(getenv("DIAL_TO"), fictionalNumber), ",") {
-		destination = strings.TrimSpace(destination)
-		escaped := html.EscapeString(destination) // plivo-go writes it raw
-		switch {
-		case e164.MatchString(destination):
-			cfg.destinations = append(cfg.destinations, new(xml.NumberElement).SetContents(escaped))
-		case sipURI.MatchString(destination):
-			cfg.destinations = append(cfg.destinations, new(xml.UserElement).SetContents(escaped))
-		default:
-			bad("DIAL_TO", destination, "E.164 numbers ("+fictionalNumber+") and SIP URIs (sip:user@example.com), separated by commas")
-		}
-	}
-	cfg.callerID = read("CALLER_ID", e164.MatchString, "an E.164 number ("+fictionalNumber+")")
-	cfg.timeout, _ = strconv.Atoi(read("DIAL_TIMEOUT", regexp.MustCompile(`^[1-9][0-9]{0,8}$`).MatchString, "whole seconds, at least 1"))
-	cfg.publicURL = strings.TrimRight(read("PUBLIC_URL", isBaseURL, "http or https, a host, perhaps a path, and nothing else"), "/")
-	cfg.authToken = read("PLIVO_AUTH_TOKEN", regexp.MustCompile(`^\S+$`).MatchString, "the auth token as the Plivo console shows it")
-	cfg.basicAuth = read("PHLO_BASIC_AUTH", regexp.MustCompile(`^[^:]+:.+$`).MatchString, "user:password")
-	for _, variable := range []string{"DIAL_TO", "PLIVO_AUTH_TOKEN", "PUBLIC_URL"} {
-		if getenv("MARTINI_ENV") == martini.Prod && getenv(variable) == "" {
-			bad(variable, "", "a value when MARTINI_ENV is "+martini.Prod)
-		}
-	}
-	return cfg, err
+	dialTimeout, _ := strconv.Atoi(getenv("DIAL_TIMEOUT")) // 0 where it is not set
+	return config{
+		address:     net.JoinHostPort(getenv("HOST"), cmp.Or(getenv("PORT"), "8080")),
+		dialTo:      cmp.Or(getenv("DIAL_TO"), "+12025550123"),
+		callerID:    getenv("CALLER_ID"),
+		dialTimeout: dialTimeout,
+		publicURL:   strings.TrimRight(getenv("PUBLIC_URL"), "/"),
+		authToken:   getenv("PLIVO_AUTH_TOKEN"),
+		basicAuth:   getenv("PHLO_BASIC_AUTH"),
+	}, errors.Join(problems...)
 }
 
-// isPort tells whether a text is a port number.
-func isPort(text string) bool {
-	_, err := strconv.ParseUint(text, 10, 16)
-	return err == nil
+const (
+	number      = `\+?[1-9][0-9]{6,14}` // E.164
+	destination = `\s*(` + number + `|sip:[!#-+\--;=?A-~]+@[!#-+\--;=?A-~]+)\s*`
+	port        = `[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]`
+)
+
+var (
+	isDialTo = matches(destination + `(,` + destination + `)*`)
+	isURL    = matches(`https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])` +
+		`(:(` + port + `))?(/[A-Za-z0-9._~%/-]*)?`)
+)
+
+// matches returns a function that reports whether a regular expression matches
+// the whole of a text.
+func matches(expression string) func(text string) bool {
+	return regexp.MustCompile(`^(` + expression + `)$`).MatchString
 }
 
-// isBaseURL tells whether a text is http or https, a host, perhaps a path, and nothing else.
+// isBaseURL reports whether a text is http or https, a host, perhaps a path,
+// and nothing else.
 func isBaseURL(text string) bool {
-	u, err := url.Parse(text)
-	return err == nil && baseURL.MatchString(text) && isPort(cmp.Or(u.Port(), "0"))
+	_, err := url.Parse(text)
+	return err == nil && isURL(text)
 }
 
-// newApp is the Martini app: the two routes, 405 or 404 for the rest, and 500 for a panic. What
-// every request needs stands around Martini, not in middleware, which costs reflection on each.
-func newApp(cfg config, log *slog.Logger) http.Handler {
-	routes := martini.NewRouter()
-	routes.Post(actionPath, checked(cfg, log, action(log))) // first: Martini tries the patterns in turn
-	routes.Post(answerPath, checked(cfg, log, answer(cfg, log)))
-	routes.NotFound(func(w http.ResponseWriter, r *http.Request) {
-		if allowed := strings.Join(routes.MethodsFor(r.URL.Path), ", "); allowed != "" {
-			w.Header().Set("Allow", allowed)
-			reject(w, r, log, http.StatusMethodNotAllowed, r.Method+" is not allowed here: send "+allowed)
-		} else {
-			reject(w, r, log, http.StatusNotFound, "not found: send to "+answerPath+"/ or "+actionPath+"/")
-		}
-	})
-	app := martini.New()
-	app.Action(routes.Handle)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			if cause := recover(); cause != nil {
-				log.Error("panic", "cause", fmt.Sprint(cause), "stack", string(debug.Stack()), "path", r.URL.Path)
-				http.Error(w, "internal server error", http.StatusInternalServerError)
-			}
-		}()
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody) // closes the connection over a longer one
-		app.ServeHTTP(w, r)
-	})
+// An app answers Plivo's requests and reports what they say.
+type app struct {
+	config
+	log     *slog.Logger
+	routes  martini.Router
+	martini *martini.Martini
+	dial    []byte // the document for a call, where there is a PUBLIC_URL
 }
 
-// A handler answers a checked request. base is the URL by which Plivo reached this server.
-type handler func(w http.ResponseWriter, r *http.Request, base string)
-
-// answer is the answer URL. A call gets the <Dial>. The end of a call, which comes here where the
-// application has no hangup URL (Plivo's "Application API"), gets an empty <Response>.
-func answer(cfg config, log *slog.Logger) handler {
-	over, publicDial := document(), dialDocument(cfg, cfg.publicURL)
-	return func(w http.ResponseWriter, r *http.Request, base string) {
-		if callIsOver[r.FormValue("CallStatus")] {
-			reply(w, r, log, slog.LevelInfo, "hangup", hangupFields, over)
-		} else if base == cfg.publicURL {
-			reply(w, r, log, slog.LevelInfo, "call", callFields, publicDial)
-		} else {
-			reply(w, r, log, slog.LevelInfo, "call", callFields, dialDocument(cfg, base))
-		}
-	}
+// newApp returns the Martini app with its two routes. What every request needs
+// stands around Martini, not in middleware, which costs reflection on each.
+func newApp(cfg config, log *slog.Logger) *app {
+	a := &app{config: cfg, log: log, routes: martini.NewRouter(), martini: martini.New()}
+	a.dial = a.dialDocument(cfg.publicURL)
+	a.routes.Post(actionPath, a.checked(a.action)) // first: Martini tries them in turn
+	a.routes.Post(answerPath, a.checked(a.answer))
+	a.routes.NotFound(a.notFound)
+	a.martini.Action(a.routes.Handle)
+	return a
 }
 
-// action is the action URL: it reports what became of the <Dial> and answers with what follows.
-// 400: there is no DialStatus.
-func action(log *slog.Logger) handler {
-	documents := make(map[string][]byte, len(followUps))
-	for status, elements := range followUps {
-		documents[status] = document(elements...)
-	}
-	return func(w http.ResponseWriter, r *http.Request, _ string) {
-		status := r.FormValue("DialStatus")
-		if status == "" {
-			reject(w, r, log, http.StatusBadRequest, "DialStatus is missing: send the form that Plivo posts to a Dial's action URL")
-			return
+// ServeHTTP bounds the body of a request and contains the panic of a handler:
+// the log has its cause, the sender gets a plain 500.
+func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			a.log.Error("panic", "cause", fmt.Sprint(cause), "path", r.URL.Path,
+				"stack", string(debug.Stack()))
+			http.Error(w, "internal server error", http.StatusInternalServerError)
 		}
-		level, followUp := slog.LevelInfo, documents[status]
-		if followUp == nil {
-			level, followUp = slog.LevelWarn, documents[""]
-		}
-		reply(w, r, log, level, "dial", dialFields, followUp)
+	}()
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody) // closes the connection over a longer one
+	a.martini.ServeHTTP(w, r)
+}
+
+// answer is the answer URL. A call gets the <Dial>. The end of a call, which
+// comes here where its application has no hangup URL (Plivo's "Application
+// API"), is reported and gets an empty <Response>.
+func (a *app) answer(r *http.Request) (document []byte, err error) {
+	if isFinal[r.Form.Get("CallStatus")] {
+		a.report(r, slog.LevelInfo, "hangup")
+		return emptyDocument, nil
 	}
+	base, err := a.base(r)
+	if err != nil {
+		return nil, err
+	}
+	a.report(r, slog.LevelInfo, "call")
+	return a.dialDocument(base), nil
+}
+
+// action is the action URL. It reports what became of the <Dial> and answers
+// with what follows (Plivo's "Dial XML").
+func (a *app) action(r *http.Request) (document []byte, err error) {
+	status := r.Form.Get("DialStatus")
+	if status == "" {
+		return nil, errNoStatus
+	}
+	followUp, known := followUps[status]
+	if !known {
+		a.report(r, slog.LevelWarn, "dial")
+		return otherFollowUp, nil
+	}
+	a.report(r, slog.LevelInfo, "dial")
+	return followUp, nil
+}
+
+// notFound answers 405 where a route has another method, else 404.
+func (a *app) notFound(w http.ResponseWriter, r *http.Request) {
+	allowed := strings.Join(a.routes.MethodsFor(r.URL.Path), ", ")
+	if allowed == "" {
+		a.reject(w, r, http.StatusNotFound, "not found: send to "+answerPath+"/ or "+actionPath+"/")
+		return
+	}
+	w.Header().Set("Allow", allowed)
+	a.reject(w, r, http.StatusMethodNotAllowed, r.Method+" is not allowed here: send "+allowed)
 }
 
 var (
+	// isFinal has each CallStatus of a call that is over.
+	isFinal = map[string]bool{"completed": true, "busy": true, "failed": true,
+		"timeout": true, "no-answer": true, "cancel": true}
+
+	// records has the fields of each record.
+	records = map[string][]string{
+		"call": {"CallUUID", "From", "To", "Direction", "CallStatus"},
+		"dial": {"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause",
+			"CallUUID", "From", "To"},
+		"hangup": {"CallUUID", "From", "To", "Direction", "CallStatus", "HangupCause", "Duration"},
+	}
+
 	hangup = new(xml.HangupElement)
 	speak  = new(xml.SpeakElement).AddSpeak
-	// followUps is what follows each DialStatus. Nobody is there to hear a sentence at the first two.
-	followUps = map[string][]any{
-		"completed": {hangup},
-		"cancel":    {hangup},
-		"busy":      {speak("The line is busy. Please try again later."), hangup},
-		"no-answer": {speak("Nobody answered. Please try again later."), hangup},
-		"timeout":   {speak("The call could not be connected in time. Please try again later."), hangup},
-		"failed":    {speak("The call could not be connected."), hangup},
-		"":          {speak("The call has ended."), hangup}, // any other
+
+	// followUps has the document that follows each DialStatus. After the first
+	// two nobody is there to hear a sentence.
+	followUps = map[string][]byte{
+		"completed": document(hangup),
+		"cancel":    document(hangup),
+		"busy":      document(speak("The line is busy. Please try again later."), hangup),
+		"no-answer": document(speak("Nobody answered. Please try again later."), hangup),
+		"timeout": document(
+			speak("The call could not be connected in time. Please try again later."), hangup),
+		"failed": document(speak("The call could not be connected."), hangup),
 	}
-	// callIsOver is each CallStatus that Plivo sends when a call is over.
-	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true, "timeout": true, "no-answer": true, "cancel": true}
-	// What is reported: Plivo's fields by their names, which are the log's keys.
-	callFields   = []string{"CallUUID", "From", "To", "Direction", "CallStatus"}
-	hangupFields = slices.Concat(callFields, []string{"HangupCause", "Duration"})
-	dialFields   = []string{"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause", "CallUUID", "From", "To"}
+	otherFollowUp = document(speak("The call has ended."), hangup)
+	emptyDocument = document()
 )
 
-// reply logs one record with these fields of the form, and then answers with the document.
-func reply(w http.ResponseWriter, r *http.Request, log *slog.Logger, level slog.Level, message string, fields []string, document []byte) {
-	report := make([]slog.Attr, 0, 8)
-	for _, field := range fields {
-		report = append(report, slog.String(field, r.FormValue(field)))
+// dialDocument returns the XML for a call. Its URLs begin with base, as they
+// must be fully qualified (Plivo's "Dial XML").
+func (a *app) dialDocument(base string) []byte {
+	if a.dial != nil && base == a.publicURL {
+		return a.dial
 	}
-	log.LogAttrs(r.Context(), level, message, report...)
-	w.Header().Set("Content-Type", "application/xml")
-	w.Write(document)
-}
-
-// dialDocument is the XML for a call. Its action is fully qualified, as Plivo's "Dial XML" asks.
-func dialDocument(cfg config, base string) []byte {
-	dial := new(xml.DialElement).SetContents(cfg.destinations).
-		SetAction(base + actionPath + "/").SetMethod(http.MethodPost).SetRedirect(true)
-	if cfg.callerID != "" {
-		dial = dial.SetCallerID(cfg.callerID)
+	var contents []any
+	for destination := range strings.SplitSeq(a.dialTo, ",") {
+		destination = html.EscapeString(strings.TrimSpace(destination)) // plivo-go does not escape
+		if strings.HasPrefix(destination, "sip:") {
+			contents = append(contents, new(xml.UserElement).SetContents(destination))
+		} else {
+			contents = append(contents, new(xml.NumberElement).SetContents(destination))
+		}
 	}
-	if cfg.timeout != 0 {
-		dial = dial.SetTimeout(cfg.timeout)
+	dial := new(xml.DialElement).
+		SetAction(base + actionPath + "/").
+		SetMethod(http.MethodPost).
+		SetRedirect(true).
+		SetContents(contents)
+	if a.callerID != "" {
+		dial = dial.SetCallerID(a.callerID)
+	}
+	if a.dialTimeout != 0 {
+		dial = dial.SetTimeout(a.dialTimeout)
 	}
 	return document(dial)
 }
 
-// document is the XML of a <Response> with these elements. Where plivo-go answers the text of an
-// error in its place it panics: an element that can't be marshalled is a mistake in this program.
+// document returns the XML of a <Response>. It panics where plivo-go returns
+// the text of an error instead, which would be a mistake in this program.
 func document(elements ...any) []byte {
 	response := xml.ResponseElement{Contents: elements}.String()
 	if !strings.HasPrefix(response, "<Response>") {
@@ -286,115 +341,191 @@ func document(elements ...any) []byte {
 	return []byte(response)
 }
 
-// reject answers a request that is not served with a plain line, which is the log's reason, too.
-func reject(w http.ResponseWriter, r *http.Request, log *slog.Logger, status int, reason string, more ...any) {
-	log.Warn("rejected", append([]any{"status", status, "reason", reason, "path", r.URL.Path}, more...)...)
+// report logs one record with its fields of the form.
+func (a *app) report(r *http.Request, level slog.Level, record string) {
+	attributes := make([]slog.Attr, 0, 8)
+	for _, field := range records[record] {
+		attributes = append(attributes, slog.String(field, r.Form.Get(field)))
+	}
+	a.log.LogAttrs(r.Context(), level, record, attributes...)
+}
+
+// reject answers a request that is not served with a plain line, which is also
+// the reason in the log.
+func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
+	base, _ := a.base(r)
+	a.log.Warn("rejected", "status", status, "reason", reason, "path", r.URL.Path,
+		"url", base+r.URL.RequestURI())
 	http.Error(w, reason, status)
 }
 
-// checked hands a handler the requests that read well and whose sender may call: everybody without
-// an auth token, else who signs as Plivo or has PHLO's login. The others get 400 to 415.
-func checked(cfg config, log *slog.Logger, next handler) http.HandlerFunc {
+// checked returns a handler that writes next's document. It rejects what does
+// not read well, what its sender may not send, and what next refuses.
+func (a *app) checked(next func(*http.Request) ([]byte, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if status, reason := readForm(r); status != http.StatusOK {
-			reject(w, r, log, status, reason)
+		document, err := []byte(nil), readForm(r)
+		if err == nil {
+			err = a.authorize(r)
+		}
+		if err == nil {
+			document, err = next(r)
+		}
+		if err != nil {
+			a.reject(w, r, cmp.Or(statuses[err], http.StatusBadRequest), err.Error())
 			return
 		}
-		base := cfg.publicURL
-		if base == "" {
-			base = requestBase(r)
-		}
-		if base == "" {
-			reject(w, r, log, http.StatusBadRequest, "bad Host or X-Forwarded-Host: send a host name or an address, perhaps with a port")
-			return
-		}
-		if cfg.authToken != "" {
-			called := base + r.URL.RequestURI()
-			if !isSigned(r, called, cfg.authToken) && !hasLogin(r, cfg.basicAuth) {
-				reject(w, r, log, http.StatusForbidden, "forbidden: only Plivo may call",
-					"url", called, "hint", "if Plivo called another URL than this, set PUBLIC_URL")
-				return
-			}
-		}
-		next(w, r, base)
+		w.Header().Set("Content-Type", "application/xml")
+		w.Write(document)
 	}
 }
 
-// readForm parses body and query into r.Form. It answers 200, or the status and the reason of a
-// rejection: 400 where they do not read or decode, 413 for a body too long, 415 for no form.
-func readForm(r *http.Request) (status int, reason string) {
+var (
+	errNoStatus  = errors.New("DialStatus is missing: send the form that Plivo posts to an action URL")
+	errBadHost   = errors.New("bad Host or X-Forwarded-Host: send a name or address, perhaps a port")
+	errBrokeOff  = errors.New("the body broke off or came too slowly: send all of it, at once")
+	errTooLong   = fmt.Errorf("the body is too long: send %d bytes at most", maxBody)
+	errNotAForm  = errors.New("the body is not a form: send application/x-www-form-urlencoded")
+	errForbidden = errors.New("forbidden: Plivo has not signed this. If it called another URL, set " +
+		"PUBLIC_URL; if not, PLIVO_AUTH_TOKEN is not that of the number's account")
+
+	// statuses has the statuses of errors; that of others is 400.
+	statuses = map[error]int{errForbidden: 403, errTooLong: 413, errNotAForm: 415}
+)
+
+// readForm parses the body into r.PostForm, and query and body into r.Form,
+// where the body counts if both have a field.
+func readForm(r *http.Request) error {
 	body, err := io.ReadAll(r.Body)
-	var tooLong *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooLong):
-		return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is too long: send %d bytes at most", maxBody)
-	case err != nil:
-		return http.StatusBadRequest, "the body broke off or came too slowly: send all of it, at once"
-	}
+	_, tooLong := errors.AsType[*http.MaxBytesError](err)
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	switch mediaType = strings.ToLower(strings.TrimSpace(mediaType)); {
+	case tooLong:
+		return errTooLong
+	case err != nil:
+		return errBrokeOff
 	case mediaType == "application/x-www-form-urlencoded":
-		r.PostForm, err = url.ParseQuery(string(body))
+		r.PostForm, err = parseQuery(string(body))
 	case mediaType == "multipart/form-data":
+		r.Form = url.Values{} // or ParseMultipartForm would read the query
 		r.Body = io.NopCloser(strings.NewReader(string(body)))
 		err = r.ParseMultipartForm(maxBody) // holds it all: no temporary file
 	case len(body) > 0:
-		return http.StatusUnsupportedMediaType, "the body is not a form: send application/x-www-form-urlencoded"
+		return errNotAForm
 	}
 	if r.Form = r.PostForm; err == nil && r.URL.RawQuery != "" {
-		r.Form = nil
-		err = r.ParseForm() // adds the query
+		r.Form, err = parseQuery(r.URL.RawQuery)
+		maps.Copy(r.Form, r.PostForm)
 	}
 	if err != nil {
-		return http.StatusBadRequest, "the form does not decode: " + err.Error()
+		return fmt.Errorf("the form does not decode: %w", err)
 	}
-	return http.StatusOK, ""
+	return nil
 }
 
-// requestBase is the URL by which a client reached this server: what a proxy forwards, its first
-// entry being the client's, else what the request itself says. It is empty where that is not valid.
-func requestBase(r *http.Request) string {
+// parseQuery returns the values of a query or an urlencoded form. A ";" is a
+// character like others (WHATWG's "URL"); to url.ParseQuery it is an error.
+func parseQuery(text string) (url.Values, error) {
+	return url.ParseQuery(strings.ReplaceAll(text, ";", "%3B"))
+}
+
+// authorize returns nil for a request of Plivo or PHLO, and for all where there
+// is no auth token; errForbidden for others.
+func (a *app) authorize(r *http.Request) error {
+	if a.authToken == "" || hasLogin(r, a.basicAuth) {
+		return nil
+	}
+	base, err := a.base(r)
+	if err == nil && !isSigned(r, base, a.authToken) {
+		return errForbidden
+	}
+	return err
+}
+
+// base returns the URL by which Plivo reached this server, up to the route:
+// PUBLIC_URL, else what the first proxy forwards, else what the request says.
+// Its error is errBadHost.
+func (a *app) base(r *http.Request) (string, error) {
+	if a.publicURL != "" {
+		return a.publicURL, nil
+	}
 	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
 	host, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Host"), ",")
-	scheme := "http"
+	scheme := "http://"
 	if strings.TrimSpace(proto) == "https" {
-		scheme = "https"
+		scheme = "https://"
 	}
-	base := scheme + "://" + cmp.Or(strings.TrimSpace(host), r.Host)
-	if strings.Count(base, "/") > 2 || !isBaseURL(base) {
-		return ""
+	host = cmp.Or(strings.TrimSpace(host), r.Host)
+	if strings.Contains(host, "/") || !isBaseURL(scheme+host) {
+		return "", errBadHost
 	}
-	return base
+	return scheme + host, nil
 }
 
-// hasLogin tells whether the request has this user:password. An empty login fits none.
+// hasLogin reports whether the request has this user:password. No request has
+// an empty one.
 func hasLogin(r *http.Request, login string) bool {
 	user, password, ok := r.BasicAuth()
+	if !ok {
+		return false // most requests: they are signed
+	}
 	got, want := sha256.Sum256([]byte(user+":"+password)), sha256.Sum256([]byte(login))
-	return ok && hmac.Equal(got[:], want[:])
+	return hmac.Equal(got[:], want[:])
 }
 
-// isSigned tells whether a V3 signature of the request's, which can have one for each auth token, is
-// of the URL called, its form and its nonce (Plivo's "Signature Validation"). Refused is what plivo-go
-// leaves unsigned: a fragment, and with a query a name's second value, or dots and "&" at an end.
-func isSigned(r *http.Request, called, authToken string) bool {
+// isSigned reports whether one of the request's V3 signatures, of which there
+// is one for each active auth token, is that of signedText with this token
+// (Plivo's "Signature Validation"). plivo-go's own function is not used: it
+// leaves parts of some requests unsigned, and is slow where a form is long.
+func isSigned(r *http.Request, base, authToken string) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
-	if nonce == "" || len(r.Form) > maxSigned || strings.Contains(called, "#") {
-		return false
+	if nonce == "" || strings.Contains(nonce, ".") {
+		return false // the end of a form could be moved behind the "."
 	}
-	params, last := make(map[string]string, len(r.PostForm)), ""
-	for name, values := range r.PostForm {
-		params[name] = strings.Join(values, name)
-		last = max(last, name)
+	if strings.Contains(r.URL.RawQuery, "#") {
+		return false // a fragment: Plivo neither sends nor signs it
 	}
-	for _, values := range r.URL.Query() {
-		if len(values) > 1 || strings.TrimRight(values[0], ".&") != values[0] || strings.HasSuffix(last+params[last], ".") {
-			return false
+	mac := hmac.New(sha256.New, []byte(authToken))
+	mac.Write(signedText(r, base, nonce))
+	want := []byte(base64.StdEncoding.EncodeToString(mac.Sum(nil)))
+	headers := slices.Concat(r.Header["X-Plivo-Signature-V3"], r.Header["X-Plivo-Signature-Ma-V3"])
+	signed := false
+	for signature := range strings.SplitSeq(strings.Join(headers, ","), ",") {
+		signed = hmac.Equal([]byte(strings.TrimSpace(signature)), want) || signed
+	}
+	return signed
+}
+
+// signedText returns what Plivo signs of a POST: the URL as it was called, with
+// its query and the form decoded and sorted, and the nonce.
+func signedText(r *http.Request, base, nonce string) []byte {
+	query, _ := parseQuery(r.URL.RawQuery) // it decodes: readForm has seen it
+	text := append(make([]byte, 0, 1024), base+r.URL.EscapedPath()...)
+	if len(query)+len(r.PostForm) > 0 {
+		text = append(text, '?')
+	}
+	text = appendSorted(text, query, "=", "&")
+	if len(query) > 0 && len(r.PostForm) > 0 {
+		text = append(text, '.')
+	}
+	text = appendSorted(text, r.PostForm, "", "")
+	return append(text, "."+nonce...)
+}
+
+// appendSorted appends parameters to a text, sorted by name and then by value,
+// with a sign between name and value and one between parameters.
+func appendSorted(text []byte, params url.Values, equals, ampersand string) []byte {
+	pairs := make([][2]string, 0, len(params))
+	for name, values := range params {
+		for _, value := range values {
+			pairs = append(pairs, [2]string{name, value})
 		}
 	}
-	want := []byte(plivo.ComputeSignatureV3(authToken, called, r.Method, nonce, params))
-	signatures := r.Header.Get("X-Plivo-Signature-V3") + "," + r.Header.Get("X-Plivo-Signature-Ma-V3")
-	return slices.ContainsFunc(strings.Split(signatures, ","), func(signature string) bool {
-		return hmac.Equal([]byte(strings.TrimSpace(signature)), want)
-	})
+	slices.SortFunc(pairs, func(a, b [2]string) int { return slices.Compare(a[:], b[:]) })
+	for i, pair := range pairs {
+		if i > 0 {
+			text = append(text, ampersand...)
+		}
+		text = append(append(append(text, pair[0]...), equals...), pair[1]...)
+	}
+	return text
 }
