@@ -29,6 +29,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -40,25 +41,42 @@ const (
 	answerPath = "/dialstatus" // Martini also matches it with a slash at its end
 	actionPath = "/dialstatus/action"
 
-	maxBody = 64 << 10 // bytes of a body; Plivo sends less than 1 KiB
+	maxBody       = 64 << 10        // bytes of a body; Plivo sends less than 1 KiB
+	maxValue      = 256             // bytes of a value in the log; Plivo sends less than 100
+	maxRejections = 20              // recorded in a second
+	drainTime     = time.Second     // from SIGTERM until the server stops listening
+	graceTime     = 2 * time.Second // from then on, for the requests under way
 )
 
 func main() {
+	if len(os.Args) > 1 {
+		output, status := os.Stderr, 2
+		if os.Args[1] == "-h" || os.Args[1] == "--help" {
+			output, status = os.Stdout, 0
+		}
+		fmt.Fprint(output, "dialstatus forwards the calls to a Plivo number, and reports what became ",
+			"of each\none: a line of JSON on stdout. Environment variables configure it:\n\n")
+		for _, v := range variables {
+			fmt.Fprintf(output, "%-16s  %s\n", v.name, v.want)
+		}
+		os.Exit(status)
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200) // the heap is small: 8 % faster for 4 MiB
 	}
+	signal.Ignore(syscall.SIGPIPE) // a write to a closed stdout is an error, not the end
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	if err := run(ctx, os.Getenv, os.Stdout); err != nil {
+	if err := run(ctx, os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
 // run serves until ctx is done, then lets the requests under way finish. It
-// logs JSON lines to stdout. Its error says why it could not start, a line for
-// each problem, or why it had to stop.
-func run(ctx context.Context, getenv func(string) string, stdout io.Writer) error {
+// logs JSON lines to stdout, and to stderr where stdout fails. Its error says
+// why it could not start, a line for each problem, or why it had to stop.
+func run(ctx context.Context, getenv func(string) string, stdout, stderr io.Writer) error {
 	cfg, err := configure(getenv)
 	if err != nil {
 		return err
@@ -67,18 +85,21 @@ func run(ctx context.Context, getenv func(string) string, stdout io.Writer) erro
 	if err != nil {
 		return fmt.Errorf("HOST and PORT: %w", err)
 	}
-	log := slog.New(slog.NewJSONHandler(stdout, nil))
+	log := slog.New(slog.NewJSONHandler(&sink{stdout: stdout, stderr: stderr}, nil))
 	log.Info("listening", "address", listener.Addr().String())
-	if getenv("DIAL_TO") == "" {
-		log.Warn("DIAL_TO is not set: calls are forwarded to a number reserved for fiction")
+	if isFictional(cfg.dialTo) {
+		log.Warn("DIAL_TO has a number reserved for fiction: nobody answers it", "DIAL_TO", cfg.dialTo)
 	}
 	if cfg.authToken == "" {
 		log.Warn("PLIVO_AUTH_TOKEN is not set: requests from anybody are answered, signed or not")
 	}
-	server := newServer(newApp(cfg, log))
+	server := newServer(ctx, newApp(cfg, log))
 	stopped := make(chan struct{})
 	context.AfterFunc(ctx, func() {
-		grace, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		if !strings.HasPrefix(context.Cause(ctx).Error(), os.Interrupt.String()) {
+			time.Sleep(drainTime) // Ctrl-C need not wait
+		}
+		grace, cancel := context.WithTimeout(context.Background(), graceTime)
 		defer cancel()
 		server.Shutdown(grace) // what is not finished by then ends with the process
 		close(stopped)
@@ -90,16 +111,18 @@ func run(ctx context.Context, getenv func(string) string, stdout io.Writer) erro
 	return nil
 }
 
-// newServer returns the app's server with its limits.
-func newServer(a *app) *http.Server {
+// newServer returns the app's server with its limits. The context of its
+// requests is done when ctx is.
+func newServer(ctx context.Context, a *app) *http.Server {
 	return &http.Server{
 		Handler:           a,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
 		MaxHeaderBytes:    28 << 10, // net/http adds 4 KiB: 32 in all
 		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second, // header and body
-		WriteTimeout:      10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		ReadTimeout:       10 * time.Second,  // header and body
+		WriteTimeout:      15 * time.Second,  // longer, so that a slow body gets its 400
+		IdleTimeout:       620 * time.Second, // longer than Google's load balancer's 600 s
 	}
 }
 
@@ -132,10 +155,12 @@ var variables = []struct {
 	{"CALLER_ID", 0, matches(number), "an E.164 number of your account (+12025550123)"},
 	{"DIAL_TIMEOUT", 0, matches(`[1-9][0-9]{0,8}`), "whole seconds to let it ring, at least 1"},
 	{"PUBLIC_URL", required, isBaseURL, "the URL by which Plivo reaches this server: http or https, " +
-		"a host, perhaps a path, and nothing else"},
+		"a host, perhaps a path, and nothing else; take " + answerPath + "/ off its end"},
+	{"HOST", 0, matches(`\S+`), "a name or an address to listen on"},
 	{"PORT", 0, matches(port), "a port number to listen on, 0 to 65535"},
 	{"PLIVO_AUTH_TOKEN", required | secret, matches(`\S+`), "the auth token as the console shows it"},
 	{"PHLO_BASIC_AUTH", secret, matches(`[^:]+:.+`), "user:password of PHLO's HTTP Request node"},
+	{"MARTINI_ENV", 0, matches(`development|test|production`), "development, test or production"},
 }
 
 // configure reads and checks the environment. Its error has a line for every
@@ -148,6 +173,8 @@ func configure(getenv func(string) string) (config, error) {
 		switch {
 		case value == "" && v.rules&required != 0 && getenv("MARTINI_ENV") == martini.Prod:
 			want = "a value when MARTINI_ENV is " + martini.Prod
+		case isQuoted(value):
+			want = "it without the quotes around it"
 		case value == "" || v.isValid(value):
 			continue
 		}
@@ -175,9 +202,12 @@ const (
 )
 
 var (
-	isDialTo = matches(destination + `(,` + destination + `)*`)
-	isURL    = matches(`https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])` +
+	isDialTo    = matches(destination + `(,` + destination + `)*`)
+	isFictional = matches(`(.*,)?\s*\+?1[0-9]{3}55501[0-9]{2}\s*(,.*)?`) // +1 NPA 555 0100 to 0199
+	isQuoted    = matches(`(?s)".*"|'.*'`)
+	isURL       = matches(`https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])` +
 		`(:(` + port + `))?(/[A-Za-z0-9._~%/-]*)?`)
+	endsInRoute = matches(`https?://[^/]+/(.*/)?dialstatus(/action)?/*`)
 )
 
 // matches returns a function that reports whether a regular expression matches
@@ -187,19 +217,21 @@ func matches(expression string) func(text string) bool {
 }
 
 // isBaseURL reports whether a text is http or https, a host, perhaps a path,
-// and nothing else.
+// and nothing else, so that the routes can be added to it.
 func isBaseURL(text string) bool {
 	_, err := url.Parse(text)
-	return err == nil && isURL(text)
+	return err == nil && isURL(text) && !endsInRoute(text)
 }
 
 // An app answers Plivo's requests and reports what they say.
 type app struct {
 	config
-	log     *slog.Logger
-	routes  martini.Router
-	martini *martini.Martini
-	dial    []byte // the document for a call, where there is a PUBLIC_URL
+	log      *slog.Logger
+	routes   martini.Router
+	martini  *martini.Martini
+	dial     []byte       // the document for a call, where there is a PUBLIC_URL
+	second   atomic.Int64 // Unix time of the last record of a rejection, about
+	rejected atomic.Int64 // requests since then
 }
 
 // newApp returns the Martini app with its two routes. What every request needs
@@ -219,11 +251,14 @@ func newApp(cfg config, log *slog.Logger) *app {
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		if cause := recover(); cause != nil {
-			a.log.Error("panic", "cause", fmt.Sprint(cause), "path", r.URL.Path,
+			a.log.Error("panic", "cause", cut(fmt.Sprint(cause)), "path", cut(r.URL.Path),
 				"stack", string(debug.Stack()))
 			http.Error(w, "internal server error", http.StatusInternalServerError)
 		}
 	}()
+	if r.Context().Err() != nil {
+		w.Header().Set("Connection", "close") // the server is about to stop
+	}
 	r.Body = http.MaxBytesReader(w, r.Body, maxBody) // closes the connection over a longer one
 	a.martini.ServeHTTP(w, r)
 }
@@ -232,7 +267,7 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // comes here where its application has no hangup URL (Plivo's "Application
 // API"), is reported and gets an empty <Response>.
 func (a *app) answer(r *http.Request) (document []byte, err error) {
-	if isFinal[r.Form.Get("CallStatus")] {
+	if r.Form.Get("Event") == "Hangup" || isFinal[r.Form.Get("CallStatus")] {
 		a.report(r, slog.LevelInfo, "hangup")
 		return emptyDocument, nil
 	}
@@ -260,15 +295,21 @@ func (a *app) action(r *http.Request) (document []byte, err error) {
 	return followUp, nil
 }
 
-// notFound answers 405 where a route has another method, else 404.
+// notFound answers 405 where a route has another method, as to a browser at the
+// answer URL, else 404.
 func (a *app) notFound(w http.ResponseWriter, r *http.Request) {
-	allowed := strings.Join(a.routes.MethodsFor(r.URL.Path), ", ")
-	if allowed == "" {
-		a.reject(w, r, http.StatusNotFound, "not found: send to "+answerPath+"/ or "+actionPath+"/")
+	if allowed := strings.Join(a.routes.MethodsFor(r.URL.Path), ", "); allowed != "" {
+		base, _ := a.base(r)
+		w.Header().Set("Allow", allowed)
+		a.reject(w, r, http.StatusMethodNotAllowed, "dialstatus runs, but not for "+r.Method+": send "+
+			allowed+", such as curl -d CallStatus=ringing "+base+answerPath+"/")
 		return
 	}
-	w.Header().Set("Allow", allowed)
-	a.reject(w, r, http.StatusMethodNotAllowed, r.Method+" is not allowed here: send "+allowed)
+	var paths []string
+	for _, route := range a.routes.All() {
+		paths = append(paths, route.Pattern()+"/")
+	}
+	a.reject(w, r, http.StatusNotFound, "not found: send to "+strings.Join(paths, " or "))
 }
 
 var (
@@ -345,18 +386,64 @@ func document(elements ...any) []byte {
 func (a *app) report(r *http.Request, level slog.Level, record string) {
 	attributes := make([]slog.Attr, 0, 8)
 	for _, field := range records[record] {
-		attributes = append(attributes, slog.String(field, r.Form.Get(field)))
+		attributes = append(attributes, slog.String(field, cut(r.Form.Get(field))))
 	}
 	a.log.LogAttrs(r.Context(), level, record, attributes...)
 }
 
 // reject answers a request that is not served with a plain line, which is also
-// the reason in the log.
+// the reason in the log. The log gets maxRejections in a second: a flood of
+// them must not push reports out of it.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
-	base, _ := a.base(r)
-	a.log.Warn("rejected", "status", status, "reason", reason, "path", r.URL.Path,
-		"url", base+r.URL.RequestURI())
+	reason = cut(reason)
+	now, second, omitted := time.Now().Unix(), a.second.Load(), int64(0)
+	if now != second && a.second.CompareAndSwap(second, now) {
+		omitted = max(0, a.rejected.Swap(0)-maxRejections)
+	}
+	if a.rejected.Add(1) <= maxRejections {
+		base, _ := a.base(r)
+		a.log.Warn("rejected", "status", status, "reason", reason, "path", cut(r.URL.Path),
+			"url", cut(base+r.URL.RequestURI()), "peer", r.RemoteAddr, "X-Forwarded-For",
+			cut(strings.Join(r.Header["X-Forwarded-For"], ", ")), "omitted", omitted)
+	}
 	http.Error(w, reason, status)
+}
+
+// cut returns a text, or of a long one its beginning with a mark.
+func cut(text string) string {
+	if len(text) <= maxValue {
+		return text
+	}
+	return fmt.Sprintf("%s... (%d bytes)", strings.ToValidUTF8(text[:maxValue], ""), len(text))
+}
+
+// A sink takes the log's records, a whole one in each Write and one at a time.
+// What stdout does not take goes to stderr.
+type sink struct {
+	stdout, stderr io.Writer
+	half           bool     // stdout ends inside a record
+	told           []string // the errors of stdout that stderr has
+}
+
+// Write returns an error only where neither takes the record.
+func (s *sink) Write(record []byte) (int, error) {
+	line := record
+	if s.half {
+		line = append([]byte("\n"), record...)
+	}
+	n, err := s.stdout.Write(line)
+	if n > 0 {
+		s.half = line[n-1] != '\n'
+	}
+	if err == nil {
+		return len(record), nil
+	}
+	if cause := err.Error(); !slices.Contains(s.told, cause) {
+		s.told = append(s.told, cause)
+		slog.New(slog.NewJSONHandler(s.stderr, nil)).
+			Error("stdout failed: what it does not take is here", "cause", cause)
+	}
+	return s.stderr.Write(record)
 }
 
 // checked returns a handler that writes next's document. It rejects what does
@@ -450,11 +537,11 @@ func (a *app) base(r *http.Request) (string, error) {
 	}
 	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
 	host, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Host"), ",")
-	scheme := "http://"
-	if strings.TrimSpace(proto) == "https" {
-		scheme = "https://"
+	scheme, defaultPort := "http://", ":80"
+	if strings.EqualFold(strings.TrimSpace(proto), "https") {
+		scheme, defaultPort = "https://", ":443"
 	}
-	host = cmp.Or(strings.TrimSpace(host), r.Host)
+	host = strings.TrimSuffix(cmp.Or(strings.TrimSpace(host), r.Host), defaultPort)
 	if strings.Contains(host, "/") || !isBaseURL(scheme+host) {
 		return "", errBadHost
 	}
