@@ -2,7 +2,7 @@
 // Plivo's guide "Dial Status Reporting Using Go", made fit for real calls:
 //
 //	POST /dialstatus/        the answer URL: a call gets the XML that dials;
-//	                         its end is reported here
+//	                         its called legs and its end are reported here
 //	POST /dialstatus/action  the <Dial>'s action URL: what became of it is
 //	                         reported, and the XML carries the call on
 package main
@@ -263,11 +263,15 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.martini.ServeHTTP(w, r)
 }
 
-// answer is the answer URL. A call gets the <Dial>. The end of a call, which
-// comes here where its application has no hangup URL (Plivo's "Application
-// API"), is reported and gets an empty <Response>.
+// answer is the answer URL. A call gets the <Dial>. An event of a called leg
+// (Plivo's "Dial XML") and the end of a call, where its application has no
+// hangup URL ("Application API"), are reported and get an empty <Response>.
 func (a *app) answer(r *http.Request) (document []byte, err error) {
-	if r.Form.Get("Event") == "Hangup" || isFinal[r.Form.Get("CallStatus")] {
+	switch {
+	case r.Form.Get("DialAction") != "":
+		a.report(r, slog.LevelInfo, "leg")
+		return emptyDocument, nil
+	case r.Form.Get("Event") == "Hangup" || isFinal[r.Form.Get("CallStatus")]:
 		a.report(r, slog.LevelInfo, "hangup")
 		return emptyDocument, nil
 	}
@@ -320,6 +324,8 @@ var (
 	// records has the fields of each record.
 	records = map[string][]string{
 		"call": {"CallUUID", "From", "To", "Direction", "CallStatus"},
+		"leg": {"DialAction", "DialALegUUID", "DialBLegUUID", "DialBLegTo", "DialBLegStatus",
+			"DialBLegDuration", "DialBLegHangupCause", "DialBLegHangupSource", "CallUUID"},
 		"dial": {"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause",
 			"CallUUID", "From", "To"},
 		"hangup": {"CallUUID", "From", "To", "Direction", "CallStatus", "HangupCause", "Duration"},
@@ -362,6 +368,8 @@ func (a *app) dialDocument(base string) []byte {
 		SetAction(base + actionPath + "/").
 		SetMethod(http.MethodPost).
 		SetRedirect(true).
+		SetCallbackUrl(base + answerPath + "/").
+		SetCallbackMethod(http.MethodPost).
 		SetContents(contents)
 	if a.callerID != "" {
 		dial = dial.SetCallerID(a.callerID)
@@ -384,7 +392,7 @@ func document(elements ...any) []byte {
 
 // report logs one record with its fields of the form.
 func (a *app) report(r *http.Request, level slog.Level, record string) {
-	attributes := make([]slog.Attr, 0, 8)
+	attributes := make([]slog.Attr, 0, 9)
 	for _, field := range records[record] {
 		attributes = append(attributes, slog.String(field, cut(r.Form.Get(field))))
 	}

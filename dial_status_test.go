@@ -55,6 +55,46 @@ var (
 		"SessionStart=2024-10-25+14%3A13%3A37.779297",
 		"To=12025550199",
 	)
+	answeredLeg = form(
+		"BillRate=0.005",
+		"CallStatus=in-progress",
+		"CallUUID=38cb006a-e25d-4455-9862-27550dbea7e9",
+		"DialALegUUID=38cb006a-e25d-4455-9862-27550dbea7e9",
+		"DialAction=answer",
+		"DialBLegBillRate=0.01",
+		"DialBLegFrom=12025550123",
+		"DialBLegPosition=2",
+		"DialBLegStatus=answer",
+		"DialBLegTo=12025550143",
+		"DialBLegUUID=c0a58e17-9d24-4f6b-8a13-72e5b4c9d806",
+		"Direction=inbound",
+		"Event=DialAnswer",
+		"From=12025550123",
+		"To=12025550199",
+	)
+	endedLeg = form(
+		"BillRate=0.005",
+		"CallStatus=in-progress",
+		"CallUUID=38cb006a-e25d-4455-9862-27550dbea7e9",
+		"DialALegUUID=38cb006a-e25d-4455-9862-27550dbea7e9",
+		"DialAction=hangup",
+		"DialBLegBillDuration=60",
+		"DialBLegBillRate=0.01",
+		"DialBLegDuration=11",
+		"DialBLegFrom=12025550123",
+		"DialBLegHangupCause=NORMAL_CLEARING",
+		"DialBLegHangupCauseCode=4000",
+		"DialBLegHangupCauseName=Normal+Hangup",
+		"DialBLegHangupSource=Callee",
+		"DialBLegPosition=2",
+		"DialBLegStatus=hangup",
+		"DialBLegTo=12025550143",
+		"DialBLegUUID=c0a58e17-9d24-4f6b-8a13-72e5b4c9d806",
+		"Direction=inbound",
+		"Event=DialHangup",
+		"From=12025550123",
+		"To=12025550199",
+	)
 	completedDial = form(
 		"BillRate=0.005",
 		"CallStatus=in-progress",
@@ -108,6 +148,8 @@ var (
 // keys are those of each record, in their order.
 var keys = map[string][]string{
 	"call": {"CallUUID", "From", "To", "Direction", "CallStatus"},
+	"leg": {"DialAction", "DialALegUUID", "DialBLegUUID", "DialBLegTo", "DialBLegStatus",
+		"DialBLegDuration", "DialBLegHangupCause", "DialBLegHangupSource", "CallUUID"},
 	"dial": {"DialStatus", "DialALegUUID", "DialBLegUUID", "DialRingStatus", "DialHangupCause",
 		"CallUUID", "From", "To"},
 	"hangup": {"CallUUID", "From", "To", "Direction", "CallStatus", "HangupCause", "Duration"},
@@ -117,7 +159,7 @@ const (
 	empty     = `<Response></Response>`
 	hangsUp   = `<Response><Hangup></Hangup></Response>`
 	dialStart = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST" `
-	dialEnd   = `redirect="true">`
+	dialEnd   = `callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
 	dials     = dialStart + dialEnd + `<Number>+12025550123</Number></Dial></Response>`
 )
 
@@ -314,6 +356,11 @@ func TestAnswerURL(t *testing.T) {
 		{"an API call is answered", apiCall, dials, "call"},
 		{"nothing is sent", "", dials, "call"},
 		{"an unknown CallStatus", "CallStatus=Completed", dials, "call"},
+		{"a called leg answers", answeredLeg, empty, "leg"},
+		{"a called leg has ended", endedLeg, empty, "leg"},
+		{"an event whose call is over", "DialAction=hangup&CallStatus=completed", empty, "leg"},
+		{"an event of a hangup", "DialAction=hangup&Event=Hangup", empty, "leg"},
+		{"an unknown event", "DialAction=digits&CallStatus=ringing", empty, "leg"},
 		{"the call is over", endedCall, empty, "hangup"},
 		{"the call is over, whatever its status", "Event=Hangup&CallStatus=ringing", empty, "hangup"},
 		{"the call is over, and no event", "DialAction=&Event=Hangup", empty, "hangup"},
@@ -416,7 +463,7 @@ func TestDialDocument(t *testing.T) {
 		{"DIAL_TO=sip:o'neil@example.com;transport=tcp?a=1&b=2", head +
 			"<User>sip:o&#39;neil@example.com;transport=tcp?a=1&amp;b=2</User>"},
 		{"DIAL_TIMEOUT=1", dialStart + `timeout="1" ` + dialEnd + "<Number>+12025550123</Number>"},
-		{"CALLER_ID=12025550150", strings.Replace(head, `redirect`, `callerId="12025550150" redirect`, 1) +
+		{"CALLER_ID=12025550150", strings.Replace(head, `callbackUrl`, `callerId="12025550150" callbackUrl`, 1) +
 			"<Number>+12025550123</Number>"},
 	} {
 		t.Run(test.variables, func(t *testing.T) {
@@ -489,6 +536,7 @@ func TestBadHost(t *testing.T) {
 				dial, hangup := record("INFO", "dial", completedDial), record("INFO", "hangup", endedCall)
 				wantXML(t, app, post("/dialstatus/action/", completedDial, header), hangsUp, dial)
 				wantXML(t, app, post("/dialstatus/", endedCall, header), empty, hangup)
+				wantXML(t, app, post("/dialstatus/", endedLeg, header), empty, record("INFO", "leg", endedLeg))
 				wantXML(t, closed, withLogin("phlo", "pass:word", header), hangsUp, dial)
 			})
 		}
@@ -638,6 +686,7 @@ func TestRecordsAreShort(t *testing.T) {
 		name, path, field, message string
 	}{
 		{"a call", "/dialstatus/", "CallStatus", "call"},
+		{"a leg", "/dialstatus/", "DialAction", "leg"},
 		{"a dial", "/dialstatus/action/", "DialStatus", "dial"},
 		{"a hangup", "/dialstatus/", "Event", "hangup"},
 	} {
@@ -901,6 +950,7 @@ func TestPlivoMaySend(t *testing.T) {
 	}{
 		{"answer URL", configured, signed("/dialstatus/", ringingCall)},
 		{"answer URL without its slash", configured, signed("/dialstatus", ringingCall)},
+		{"event of a leg", configured, signed("/dialstatus/", endedLeg)},
 		{"end of a call", configured, signed("/dialstatus/", endedCall)},
 		{"action URL", configured, signed(action, completedDial)},
 		{"a query", configured, signed("/dialstatus/action/?z=1&a=b%20c", completedDial)},
@@ -1038,6 +1088,8 @@ func TestForgeries(t *testing.T) {
 		{"empty signatures", action, completedDial, withHeader(v3, ",, ,")},
 		{"no headers", action, completedDial, withoutHeader(v3, v3Nonce)},
 		{"no headers, answer URL", "/dialstatus/", ringingCall, withoutHeader(v3, v3Nonce)},
+		{"no headers, event of a leg", "/dialstatus/", endedLeg, withoutHeader(v3, v3Nonce)},
+		{"changed event of a leg", "/dialstatus/", endedLeg, withForm(answeredLeg)},
 		{"V2 only", action, completedDial, func(r *http.Request) {
 			withoutHeader(v3, v3Nonce)(r)
 			r.Header.Set("X-Plivo-Signature-V2", v2)
@@ -1296,7 +1348,7 @@ func TestSink(t *testing.T) {
 	}
 }
 
-func FuzzAnswerURL(f *testing.F) { fuzz(f, "/dialstatus/", ringingCall, endedCall) }
+func FuzzAnswerURL(f *testing.F) { fuzz(f, "/dialstatus/", ringingCall, endedLeg, endedCall) }
 func FuzzActionURL(f *testing.F) { fuzz(f, "/dialstatus/action/", completedDial, unansweredDial) }
 
 // fuzz sends what strangers may send to a route. It is never answered with a
