@@ -8,6 +8,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/hmac"
@@ -43,9 +44,12 @@ const (
 
 	maxBody       = 64 << 10        // bytes of a body; Plivo sends less than 1 KiB
 	maxValue      = 256             // bytes of a value in the log; Plivo sends less than 100
-	maxRejections = 20              // recorded in a second
+	maxRejections = 20              // in the log in a second
 	drainTime     = time.Second     // from SIGTERM until the server stops listening
-	graceTime     = 2 * time.Second // from then on, for the requests under way
+	lateTime      = time.Second / 2 // from then on, for requests on open connections
+	graceTime     = 3 * lateTime    // from then on, for the rest of those requests
+
+	required, secret = 1, 2 // rules of a variable: needed in production, never printed
 )
 
 func main() {
@@ -62,7 +66,7 @@ func main() {
 		os.Exit(status)
 	}
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200) // the heap is small: 8 % faster for 4 MiB
+		debug.SetGCPercent(200) // 8 % faster, for 4 MiB of memory
 	}
 	signal.Ignore(syscall.SIGPIPE) // a write to a closed stdout is an error, not the end
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -88,31 +92,34 @@ func run(ctx context.Context, getenv func(string) string, stdout, stderr io.Writ
 	log := slog.New(slog.NewJSONHandler(&sink{stdout: stdout, stderr: stderr}, nil))
 	log.Info("listening", "address", listener.Addr().String())
 	if isFictional(cfg.dialTo) {
-		log.Warn("DIAL_TO has a number reserved for fiction: nobody answers it", "DIAL_TO", cfg.dialTo)
+		log.Warn("DIAL_TO has a number that is reserved for fiction: nobody answers it")
 	}
 	if cfg.authToken == "" {
-		log.Warn("PLIVO_AUTH_TOKEN is not set: requests from anybody are answered, signed or not")
+		log.Warn("PLIVO_AUTH_TOKEN is not set: anybody is answered, with PHLO_BASIC_AUTH or without")
 	}
 	server := newServer(ctx, newApp(cfg, log))
-	stopped := make(chan struct{})
-	context.AfterFunc(ctx, func() {
-		if !strings.HasPrefix(context.Cause(ctx).Error(), os.Interrupt.String()) {
-			time.Sleep(drainTime) // Ctrl-C need not wait
-		}
-		grace, cancel := context.WithTimeout(context.Background(), graceTime)
-		defer cancel()
-		server.Shutdown(grace) // what is not finished by then ends with the process
-		close(stopped)
-	})
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	select {
+	case err := <-failed:
 		return err
+	case <-ctx.Done():
 	}
-	<-stopped
+	if !strings.HasPrefix(context.Cause(ctx).Error(), os.Interrupt.String()) {
+		// After SIGTERM, not after Ctrl-C. From Shutdown on no request is read: before
+		// it, clients must have been told to close their connections.
+		time.Sleep(drainTime)
+		listener.Close()
+		time.Sleep(lateTime)
+	}
+	grace, cancel := context.WithTimeout(context.Background(), graceTime)
+	defer cancel()
+	server.Shutdown(grace) // what is not finished by then ends with the process
 	return nil
 }
 
-// newServer returns the app's server with its limits. The context of its
-// requests is done when ctx is.
+// newServer returns the app's server with its limits. When ctx is done, the
+// context of each request is done, too.
 func newServer(ctx context.Context, a *app) *http.Server {
 	return &http.Server{
 		Handler:           a,
@@ -138,12 +145,7 @@ type config struct {
 	basicAuth   string // user:password of PHLO's HTTP Request node
 }
 
-const (
-	required = 1 << iota // where MARTINI_ENV is production
-	secret               // never printed
-)
-
-// variables are those of the environment, with what each must be.
+// variables lists the environment variables, and what each must be.
 var variables = []struct {
 	name    string
 	rules   int
@@ -156,16 +158,15 @@ var variables = []struct {
 	{"DIAL_TIMEOUT", 0, matches(`[1-9][0-9]{0,8}`), "whole seconds to let it ring, at least 1"},
 	{"PUBLIC_URL", required, isBaseURL, "the URL by which Plivo reaches this server: http or https, " +
 		"a host, perhaps a path, and nothing else; take " + answerPath + "/ off its end"},
-	{"HOST", 0, matches(`\S+`), "a name or an address to listen on"},
+	{"HOST", 0, matches(`[\w.-]+|[\w.]*:[\w.]*:[\w.:%-]*`), "a name or an address to listen on"},
 	{"PORT", 0, matches(port), "a port number to listen on, 0 to 65535"},
 	{"PLIVO_AUTH_TOKEN", required | secret, matches(`\S+`), "the auth token as the console shows it"},
-	{"PHLO_BASIC_AUTH", secret, matches(`[^:]+:.+`), "user:password of PHLO's HTTP Request node"},
+	{"PHLO_BASIC_AUTH", secret, matches(`[^:[:cntrl:]]+:[^[:cntrl:]]+`), "user:password"},
 	{"MARTINI_ENV", 0, matches(`development|test|production`), "development, test or production"},
 }
 
 // configure reads and checks the environment. Its error has a line for every
-// problem: the variable, its value unless a password may be in it, and what is
-// wanted.
+// problem, with the value unless that may hold a password.
 func configure(getenv func(string) string) (config, error) {
 	var problems []error
 	for _, v := range variables {
@@ -178,7 +179,7 @@ func configure(getenv func(string) string) (config, error) {
 		case value == "" || v.isValid(value):
 			continue
 		}
-		if value != "" && v.rules&secret != 0 || strings.Contains(value, "@") {
+		if value != "" && v.rules&secret != 0 || hasPassword(value) {
 			value = "(not shown)"
 		}
 		problems = append(problems, fmt.Errorf("%s %q: want %s", v.name, value, want))
@@ -205,19 +206,19 @@ var (
 	isDialTo    = matches(destination + `(,` + destination + `)*`)
 	isFictional = matches(`(.*,)?\s*\+?1[0-9]{3}55501[0-9]{2}\s*(,.*)?`) // +1 NPA 555 0100 to 0199
 	isQuoted    = matches(`(?s)".*"|'.*'`)
+	hasPassword = matches(`(?s).*(@|%40).*`) // perhaps, as a URI can have
 	isURL       = matches(`https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])` +
 		`(:(` + port + `))?(/[A-Za-z0-9._~%/-]*)?`)
-	endsInRoute = matches(`https?://[^/]+/(.*/)?dialstatus(/action)?/*`)
+	endsInRoute = matches(`https?://[^/]+(/.*)?(` + answerPath + `|` + actionPath + `)/*`)
 )
 
-// matches returns a function that reports whether a regular expression matches
-// the whole of a text.
+// matches returns a function that reports whether a text, from its begin to its
+// end, matches a regular expression.
 func matches(expression string) func(text string) bool {
 	return regexp.MustCompile(`^(` + expression + `)$`).MatchString
 }
 
-// isBaseURL reports whether a text is http or https, a host, perhaps a path,
-// and nothing else, so that the routes can be added to it.
+// isBaseURL reports whether a text is a URL to which the routes can be added.
 func isBaseURL(text string) bool {
 	_, err := url.Parse(text)
 	return err == nil && isURL(text) && !endsInRoute(text)
@@ -230,8 +231,8 @@ type app struct {
 	routes   martini.Router
 	martini  *martini.Martini
 	dial     []byte       // the document for a call, where there is a PUBLIC_URL
-	second   atomic.Int64 // Unix time of the last record of a rejection, about
-	rejected atomic.Int64 // requests since then
+	second   atomic.Int64 // Unix time of the last rejection
+	rejected atomic.Int64 // requests rejected in that second
 }
 
 // newApp returns the Martini app with its two routes. What every request needs
@@ -239,8 +240,8 @@ type app struct {
 func newApp(cfg config, log *slog.Logger) *app {
 	a := &app{config: cfg, log: log, routes: martini.NewRouter(), martini: martini.New()}
 	a.dial = a.dialDocument(cfg.publicURL)
-	a.routes.Post(actionPath, a.checked(a.action)) // first: Martini tries them in turn
 	a.routes.Post(answerPath, a.checked(a.answer))
+	a.routes.Post(actionPath, a.checked(a.action))
 	a.routes.NotFound(a.notFound)
 	a.martini.Action(a.routes.Handle)
 	return a
@@ -259,14 +260,15 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Context().Err() != nil {
 		w.Header().Set("Connection", "close") // the server is about to stop
 	}
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody) // closes the connection over a longer one
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody) // a longer one is an error
 	a.martini.ServeHTTP(w, r)
 }
 
 // answer is the answer URL. A call gets the <Dial>. An event of a called leg
-// (Plivo's "Dial XML") and the end of a call, where its application has no
-// hangup URL ("Application API"), are reported and get an empty <Response>.
-func (a *app) answer(r *http.Request) (document []byte, err error) {
+// (Plivo's "Dial XML") and the end of a call whose application has no hangup
+// URL ("Application API") get an empty <Response>. All are reported. Its error
+// is that of base.
+func (a *app) answer(r *http.Request) (response []byte, err error) {
 	switch {
 	case r.Form.Get("DialAction") != "":
 		a.report(r, slog.LevelInfo, "leg")
@@ -283,19 +285,18 @@ func (a *app) answer(r *http.Request) (document []byte, err error) {
 	return a.dialDocument(base), nil
 }
 
-// action is the action URL. It reports what became of the <Dial> and answers
-// with what follows (Plivo's "Dial XML").
-func (a *app) action(r *http.Request) (document []byte, err error) {
+// action is the action URL. It reports what became of the <Dial> and returns
+// what follows (Plivo's "Dial XML"). Its error is that there is no DialStatus.
+func (a *app) action(r *http.Request) (response []byte, err error) {
 	status := r.Form.Get("DialStatus")
 	if status == "" {
-		return nil, errNoStatus
+		return nil, errors.New("DialStatus is missing: send the form that Plivo posts here")
 	}
-	followUp, known := followUps[status]
-	if !known {
-		a.report(r, slog.LevelWarn, "dial")
-		return otherFollowUp, nil
+	level, followUp := slog.LevelInfo, followUps[status]
+	if followUp == nil {
+		level, followUp = slog.LevelWarn, otherFollowUp
 	}
-	a.report(r, slog.LevelInfo, "dial")
+	a.report(r, level, "dial")
 	return followUp, nil
 }
 
@@ -399,13 +400,13 @@ func (a *app) report(r *http.Request, level slog.Level, record string) {
 	a.log.LogAttrs(r.Context(), level, record, attributes...)
 }
 
-// reject answers a request that is not served with a plain line, which is also
-// the reason in the log. The log gets maxRejections in a second: a flood of
-// them must not push reports out of it.
+// reject answers in one plain line why a request is not served, and logs it.
+// The log gets maxRejections in a second: a flood of them must not push reports
+// out of it.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
 	reason = cut(reason)
-	now, second, omitted := time.Now().Unix(), a.second.Load(), int64(0)
-	if now != second && a.second.CompareAndSwap(second, now) {
+	omitted, now := int64(0), time.Now().Unix()
+	if a.second.Swap(now) != now {
 		omitted = max(0, a.rejected.Swap(0)-maxRejections)
 	}
 	if a.rejected.Add(1) <= maxRejections {
@@ -417,7 +418,7 @@ func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason 
 	http.Error(w, reason, status)
 }
 
-// cut returns a text, or of a long one its beginning with a mark.
+// cut returns a text, or of one over maxValue its beginning and a mark.
 func cut(text string) string {
 	if len(text) <= maxValue {
 		return text
@@ -430,7 +431,7 @@ func cut(text string) string {
 type sink struct {
 	stdout, stderr io.Writer
 	half           bool     // stdout ends inside a record
-	told           []string // the errors of stdout that stderr has
+	told           []string // errors of stdout, each told once on stderr
 }
 
 // Write returns an error only where neither takes the record.
@@ -454,41 +455,39 @@ func (s *sink) Write(record []byte) (int, error) {
 	return s.stderr.Write(record)
 }
 
-// checked returns a handler that writes next's document. It rejects what does
-// not read well, what its sender may not send, and what next refuses.
+// checked returns a handler that writes next's response. It rejects a request
+// whose form does not read, whose sender is not authorized, or that next refuses.
 func (a *app) checked(next func(*http.Request) ([]byte, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		document, err := []byte(nil), readForm(r)
+		response, err := []byte(nil), readForm(r)
 		if err == nil {
 			err = a.authorize(r)
 		}
 		if err == nil {
-			document, err = next(r)
+			response, err = next(r)
 		}
 		if err != nil {
 			a.reject(w, r, cmp.Or(statuses[err], http.StatusBadRequest), err.Error())
 			return
 		}
 		w.Header().Set("Content-Type", "application/xml")
-		w.Write(document)
+		w.Write(response)
 	}
 }
 
 var (
-	errNoStatus  = errors.New("DialStatus is missing: send the form that Plivo posts to an action URL")
-	errBadHost   = errors.New("bad Host or X-Forwarded-Host: send a name or address, perhaps a port")
-	errBrokeOff  = errors.New("the body broke off or came too slowly: send all of it, at once")
-	errTooLong   = fmt.Errorf("the body is too long: send %d bytes at most", maxBody)
-	errNotAForm  = errors.New("the body is not a form: send application/x-www-form-urlencoded")
 	errForbidden = errors.New("forbidden: Plivo has not signed this. If it called another URL, set " +
 		"PUBLIC_URL; if not, PLIVO_AUTH_TOKEN is not that of the number's account")
+	errTooLong = fmt.Errorf("the body is too long: send %d bytes at most", maxBody)
+	errNotForm = errors.New("the body is not a form: send application/x-www-form-urlencoded")
 
-	// statuses has the statuses of errors; that of others is 400.
-	statuses = map[error]int{errForbidden: 403, errTooLong: 413, errNotAForm: 415}
+	// statuses has the statuses of errors; that of any other is 400.
+	statuses = map[error]int{errForbidden: 403, errTooLong: 413, errNotForm: 415}
 )
 
 // readForm parses the body into r.PostForm, and query and body into r.Form,
-// where the body counts if both have a field.
+// where the body counts if both have a field. Its errors are errTooLong,
+// errNotForm, and what is wrong with a form.
 func readForm(r *http.Request) error {
 	body, err := io.ReadAll(r.Body)
 	_, tooLong := errors.AsType[*http.MaxBytesError](err)
@@ -497,15 +496,15 @@ func readForm(r *http.Request) error {
 	case tooLong:
 		return errTooLong
 	case err != nil:
-		return errBrokeOff
+		return errors.New("the body broke off or came too slowly: send all of it, at once")
 	case mediaType == "application/x-www-form-urlencoded":
 		r.PostForm, err = parseQuery(string(body))
 	case mediaType == "multipart/form-data":
-		r.Form = url.Values{} // or ParseMultipartForm would read the query
-		r.Body = io.NopCloser(strings.NewReader(string(body)))
+		r.Form = url.Values{} // or ParseMultipartForm parses the query, where ";" is an error
+		r.Body = io.NopCloser(bytes.NewReader(body))
 		err = r.ParseMultipartForm(maxBody) // holds it all: no temporary file
 	case len(body) > 0:
-		return errNotAForm
+		return errNotForm
 	}
 	if r.Form = r.PostForm; err == nil && r.URL.RawQuery != "" {
 		r.Form, err = parseQuery(r.URL.RawQuery)
@@ -517,14 +516,14 @@ func readForm(r *http.Request) error {
 	return nil
 }
 
-// parseQuery returns the values of a query or an urlencoded form. A ";" is a
-// character like others (WHATWG's "URL"); to url.ParseQuery it is an error.
+// parseQuery is url.ParseQuery for a query or a form in which ";" is a character
+// like others (WHATWG's "URL").
 func parseQuery(text string) (url.Values, error) {
 	return url.ParseQuery(strings.ReplaceAll(text, ";", "%3B"))
 }
 
-// authorize returns nil for a request of Plivo or PHLO, and for all where there
-// is no auth token; errForbidden for others.
+// authorize returns nil for a request of Plivo or PHLO, and for any where there
+// is no auth token. Its other errors than errForbidden are those of base.
 func (a *app) authorize(r *http.Request) error {
 	if a.authToken == "" || hasLogin(r, a.basicAuth) {
 		return nil
@@ -537,8 +536,8 @@ func (a *app) authorize(r *http.Request) error {
 }
 
 // base returns the URL by which Plivo reached this server, up to the route:
-// PUBLIC_URL, else what the first proxy forwards, else what the request says.
-// Its error is errBadHost.
+// PUBLIC_URL, else the first entries of X-Forwarded-Proto and X-Forwarded-Host,
+// else what the request says. Its error is that this is not a valid host.
 func (a *app) base(r *http.Request) (string, error) {
 	if a.publicURL != "" {
 		return a.publicURL, nil
@@ -551,7 +550,7 @@ func (a *app) base(r *http.Request) (string, error) {
 	}
 	host = strings.TrimSuffix(cmp.Or(strings.TrimSpace(host), r.Host), defaultPort)
 	if strings.Contains(host, "/") || !isBaseURL(scheme+host) {
-		return "", errBadHost
+		return "", errors.New("bad Host or X-Forwarded-Host: send a host name or an address")
 	}
 	return scheme + host, nil
 }
@@ -567,14 +566,14 @@ func hasLogin(r *http.Request, login string) bool {
 	return hmac.Equal(got[:], want[:])
 }
 
-// isSigned reports whether one of the request's V3 signatures, of which there
-// is one for each active auth token, is that of signedText with this token
-// (Plivo's "Signature Validation"). plivo-go's own function is not used: it
-// leaves parts of some requests unsigned, and is slow where a form is long.
+// isSigned reports whether one of the request's V3 signatures was made with this
+// auth token; there is one for each active token (Plivo's "Signature
+// Validation"). plivo-go's own function is not used: it leaves parts of some
+// requests unsigned, and is slow where a form is long.
 func isSigned(r *http.Request, base, authToken string) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // the end of a form could be moved behind the "."
+		return false // with a dot in it, the end of a signed form passes as nonce
 	}
 	if strings.Contains(r.URL.RawQuery, "#") {
 		return false // a fragment: Plivo neither sends nor signs it
