@@ -16,6 +16,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"hash"
 	"html"
 	"io"
 	"log/slog"
@@ -30,6 +31,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -42,12 +44,12 @@ const (
 	answerPath = "/dialstatus" // Martini also matches it with a slash at its end
 	actionPath = "/dialstatus/action"
 
-	maxBody       = 64 << 10        // bytes of a body; Plivo sends less than 1 KiB
-	maxValue      = 256             // bytes of a value in the log; Plivo sends less than 100
-	maxRejections = 20              // in the log in a second
-	drainTime     = time.Second     // from SIGTERM until the server stops listening
-	lateTime      = time.Second / 2 // from then on, for requests on open connections
-	graceTime     = 3 * lateTime    // from then on, for the rest of those requests
+	maxBody       = 64 << 10                // bytes of a body; Plivo sends less than 1 KiB
+	maxValue      = 256                     // bytes of a value in the log; Plivo sends less than 100
+	maxRejections = 20                      // in the log in a second
+	drainTime     = time.Second             // from SIGTERM until the server stops listening
+	lateTime      = 500 * time.Millisecond  // from then on, for requests on open connections
+	graceTime     = 1500 * time.Millisecond // from then on, for the rest of those requests
 
 	required, secret = 1, 2 // rules of a variable: needed in production, never printed
 )
@@ -212,8 +214,7 @@ var (
 	endsInRoute = matches(`https?://[^/]+(/.*)?(` + answerPath + `|` + actionPath + `)/*`)
 )
 
-// matches returns a function that reports whether a text, from its begin to its
-// end, matches a regular expression.
+// matches returns a function that reports whether all of a text matches.
 func matches(expression string) func(text string) bool {
 	return regexp.MustCompile(`^(` + expression + `)$`).MatchString
 }
@@ -231,6 +232,7 @@ type app struct {
 	routes   martini.Router
 	martini  *martini.Martini
 	dial     []byte       // the document for a call, where there is a PUBLIC_URL
+	macs     sync.Pool    // HMACs with the auth token
 	second   atomic.Int64 // Unix time of the last rejection
 	rejected atomic.Int64 // requests rejected in that second
 }
@@ -240,6 +242,7 @@ type app struct {
 func newApp(cfg config, log *slog.Logger) *app {
 	a := &app{config: cfg, log: log, routes: martini.NewRouter(), martini: martini.New()}
 	a.dial = a.dialDocument(cfg.publicURL)
+	a.macs.New = func() any { return hmac.New(sha256.New, []byte(cfg.authToken)) }
 	a.routes.Post(answerPath, a.checked(a.answer))
 	a.routes.Post(actionPath, a.checked(a.action))
 	a.routes.NotFound(a.notFound)
@@ -525,11 +528,11 @@ func parseQuery(text string) (url.Values, error) {
 // authorize returns nil for a request of Plivo or PHLO, and for any where there
 // is no auth token. Its other errors than errForbidden are those of base.
 func (a *app) authorize(r *http.Request) error {
-	if a.authToken == "" || hasLogin(r, a.basicAuth) {
+	if a.authToken == "" || a.basicAuth != "" && hasLogin(r, a.basicAuth) {
 		return nil
 	}
 	base, err := a.base(r)
-	if err == nil && !isSigned(r, base, a.authToken) {
+	if err == nil && !a.isSigned(r, base) {
 		return errForbidden
 	}
 	return err
@@ -555,32 +558,30 @@ func (a *app) base(r *http.Request) (string, error) {
 	return scheme + host, nil
 }
 
-// hasLogin reports whether the request has this user:password. No request has
-// an empty one.
+// hasLogin reports whether the request has this user:password.
 func hasLogin(r *http.Request, login string) bool {
 	user, password, ok := r.BasicAuth()
-	if !ok {
-		return false // most requests: they are signed
-	}
 	got, want := sha256.Sum256([]byte(user+":"+password)), sha256.Sum256([]byte(login))
-	return hmac.Equal(got[:], want[:])
+	return ok && hmac.Equal(got[:], want[:])
 }
 
-// isSigned reports whether one of the request's V3 signatures was made with this
+// isSigned reports whether one of the request's V3 signatures was made with the
 // auth token; there is one for each active token (Plivo's "Signature
 // Validation"). plivo-go's own function is not used: it leaves parts of some
 // requests unsigned, and is slow where a form is long.
-func isSigned(r *http.Request, base, authToken string) bool {
+func (a *app) isSigned(r *http.Request, base string) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // with a dot in it, the end of a signed form passes as nonce
+		return false // none, or one whose begin may be the end of a signed form
 	}
 	if strings.Contains(r.URL.RawQuery, "#") {
 		return false // a fragment: Plivo neither sends nor signs it
 	}
-	mac := hmac.New(sha256.New, []byte(authToken))
+	mac := a.macs.Get().(hash.Hash)
+	defer a.macs.Put(mac)
+	mac.Reset()
 	mac.Write(signedText(r, base, nonce))
-	want := []byte(base64.StdEncoding.EncodeToString(mac.Sum(nil)))
+	want := base64.StdEncoding.AppendEncode(nil, mac.Sum(nil))
 	headers := slices.Concat(r.Header["X-Plivo-Signature-V3"], r.Header["X-Plivo-Signature-Ma-V3"])
 	signed := false
 	for signature := range strings.SplitSeq(strings.Join(headers, ","), ",") {
@@ -593,7 +594,8 @@ func isSigned(r *http.Request, base, authToken string) bool {
 // its query and the form decoded and sorted, and the nonce.
 func signedText(r *http.Request, base, nonce string) []byte {
 	query, _ := parseQuery(r.URL.RawQuery) // it decodes: readForm has seen it
-	text := append(make([]byte, 0, 1024), base+r.URL.EscapedPath()...)
+	text := append(make([]byte, 0, 1024), base...)
+	text = append(text, r.URL.EscapedPath()...)
 	if len(query)+len(r.PostForm) > 0 {
 		text = append(text, '?')
 	}
@@ -602,24 +604,26 @@ func signedText(r *http.Request, base, nonce string) []byte {
 		text = append(text, '.')
 	}
 	text = appendSorted(text, r.PostForm, "", "")
-	return append(text, "."+nonce...)
+	text = append(text, '.')
+	return append(text, nonce...)
 }
 
 // appendSorted appends parameters to a text, sorted by name and then by value,
 // with a sign between name and value and one between parameters.
 func appendSorted(text []byte, params url.Values, equals, ampersand string) []byte {
-	pairs := make([][2]string, 0, len(params))
-	for name, values := range params {
-		for _, value := range values {
-			pairs = append(pairs, [2]string{name, value})
+	names := slices.AppendSeq(make([]string, 0, len(params)), maps.Keys(params))
+	slices.Sort(names)
+	for i, name := range names {
+		values := params[name]
+		if len(values) > 1 {
+			values = slices.Sorted(slices.Values(values)) // a copy: in r.Form the first counts
 		}
-	}
-	slices.SortFunc(pairs, func(a, b [2]string) int { return slices.Compare(a[:], b[:]) })
-	for i, pair := range pairs {
-		if i > 0 {
-			text = append(text, ampersand...)
+		for j, value := range values {
+			if i+j > 0 {
+				text = append(text, ampersand...)
+			}
+			text = append(append(append(text, name...), equals...), value...)
 		}
-		text = append(append(append(text, pair[0]...), equals...), pair[1]...)
 	}
 	return text
 }
