@@ -1171,10 +1171,12 @@ func TestWhereToListen(t *testing.T) {
 
 func TestConfigurationErrors(t *testing.T) {
 	const (
-		dialTo    = "E.164 numbers, country code first (+12025550123), and SIP URIs (sip:user@example.com), separated by commas"
-		callerID  = "an E.164 number of your account (+12025550123)"
-		seconds   = "whole seconds to let it ring, at least 1"
-		public    = "the URL by which Plivo reaches this server: http or https, a host, perhaps a path, and nothing else; take /dialstatus/ off its end"
+		dialTo = "E.164 numbers, country code first (+12025550123), and SIP URIs " +
+			"(sip:user@example.com), separated by commas"
+		callerID = "an E.164 number of your account (+12025550123)"
+		seconds  = "whole seconds to let it ring, at least 1"
+		public   = "the URL by which Plivo reaches this server: http or https, a host, " +
+			"perhaps a path, and nothing else; take /dialstatus/ off its end"
 		host      = "a name or an address to listen on"
 		port      = "a port number to listen on, 0 to 65535"
 		authToken = "the auth token as the console shows it"
@@ -1740,7 +1742,8 @@ func TestServerDoesNotStart(t *testing.T) {
 		lines     []string // the start of each
 	}{
 		{"every problem is told", []string{"DIAL_TO=me", "PORT=http"}, []string{`DIAL_TO "me": want`, `PORT "http": want`}},
-		{"not quite production", []string{`MARTINI_ENV="production"`}, []string{`MARTINI_ENV "\"production\"": want it without`}},
+		{"not quite production", []string{`MARTINI_ENV="production"`},
+			[]string{`MARTINI_ENV "\"production\"": want it without the quotes`}},
 		{"the port is taken", []string{"PORT=" + port},
 			[]string{"HOST and PORT: listen tcp 127.0.0.1:" + port + ": bind: address already in use"}},
 		{"the host is not here", []string{"HOST=192.0.2.1"}, []string{"HOST and PORT: listen tcp 192.0.2.1:0: bind:"}},
