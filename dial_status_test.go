@@ -807,6 +807,15 @@ func TestPanicIsContained(t *testing.T) {
 	}
 }
 
+func TestRecordOfPanicIsShort(t *testing.T) {
+	app := newTestApp(t)
+	app.routes.NotFound(func() { panic(strings.Repeat("\x01", 20000)) })
+	answer, records := app.send(post("/"+strings.Repeat("%01", 9000), ""))
+	if n := len(strings.Join(records, "\n")); answer.Code != 500 || n > 16<<10 || n == 0 {
+		t.Errorf("%d, a log of %d bytes", answer.Code, n)
+	}
+}
+
 func TestDocumentIsNeverTheTextOfAnError(t *testing.T) {
 	defer func() {
 		if cause := recover(); !strings.Contains(fmt.Sprint(cause), "unsupported type") {
@@ -1000,6 +1009,13 @@ func TestPlivoMaySend(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A signature does not change which of several values counts.
+func TestSignedValuesKeepTheirOrder(t *testing.T) {
+	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PUBLIC_URL="+publicURL)
+	r := signed("/dialstatus/action/", form(completedDial, "DialStatus=busy"))
+	wantXML(t, app, r, hangsUp, record("INFO", "dial", completedDial))
 }
 
 // A change makes a forgery of a request.
