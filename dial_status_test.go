@@ -1805,8 +1805,11 @@ func TestSlowClients(t *testing.T) {
 	clients := 1500
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err == nil && limit.Cur < 2000 {
-		clients = max(0, int(limit.Cur)-500) // the other tests have files, too
+		clients = int(limit.Cur) - 500 // the other tests have files, too
 		t.Logf("%d clients: there may be %d open files", clients, limit.Cur)
+	}
+	if clients < 100 {
+		t.Skip("too few to be a test")
 	}
 	server := start(t)
 	var cut sync.WaitGroup
