@@ -1,10 +1,12 @@
 // Dialstatus reports what became of every call that Plivo forwards. It is
 // Plivo's guide "Dial Status Reporting Using Go", made fit for real calls:
 //
-//	POST /dialstatus/        the answer URL: a call gets the XML that dials;
-//	                         its called legs and its end are reported here
-//	POST /dialstatus/action  the <Dial>'s action URL: what became of it is
-//	                         reported, and the XML carries the call on
+//	POST /dialstatus/         the answer URL: a call gets the XML that dials;
+//	                          its called legs and its end are reported here
+//	POST /dialstatus/action/  the <Dial>'s action URL: what became of it is
+//	                          reported, and the XML carries the call on
+//
+// Titles in quotes below are pages of Plivo's documentation.
 package main
 
 import (
@@ -48,10 +50,10 @@ const (
 	maxValue      = 256                     // bytes of a value in the log; Plivo sends less than 100
 	maxRejections = 20                      // in the log in a second
 	drainTime     = time.Second             // from SIGTERM until the server stops listening
-	lateTime      = 500 * time.Millisecond  // from then on, for requests on open connections
-	graceTime     = 1500 * time.Millisecond // from then on, for the rest of those requests
+	lateTime      = 500 * time.Millisecond  // then, for requests on open connections
+	graceTime     = 1500 * time.Millisecond // then, for requests still unfinished
 
-	required, secret = 1, 2 // rules of a variable: needed in production, never printed
+	required, secret = 1, 2 // a variable's rules: needed in production; never printed
 )
 
 func main() {
@@ -108,8 +110,8 @@ func run(ctx context.Context, getenv func(string) string, stdout, stderr io.Writ
 	case <-ctx.Done():
 	}
 	if !strings.HasPrefix(context.Cause(ctx).Error(), os.Interrupt.String()) {
-		// After SIGTERM, not after Ctrl-C. From Shutdown on no request is read: before
-		// it, clients must have been told to close their connections.
+		// After SIGTERM, not after Ctrl-C: from Shutdown on no request is
+		// read, and clients must have closed their connections before it.
 		time.Sleep(drainTime)
 		listener.Close()
 		time.Sleep(lateTime)
@@ -208,7 +210,7 @@ var (
 	isDialTo    = matches(destination + `(,` + destination + `)*`)
 	isFictional = matches(`(.*,)?\s*\+?1[0-9]{3}55501[0-9]{2}\s*(,.*)?`) // +1 NPA 555 0100 to 0199
 	isQuoted    = matches(`(?s)".*"|'.*'`)
-	hasPassword = matches(`(?s).*(@|%40).*`) // perhaps, as a URI can have
+	hasPassword = matches(`(?s).*(@|%40).*`) // may have: in a URI, user:password ends in "@"
 	isURL       = matches(`https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])` +
 		`(:(` + port + `))?(/[A-Za-z0-9._~%/-]*)?`)
 	endsInRoute = matches(`https?://[^/]+(/.*)?(` + answerPath + `|` + actionPath + `)/*`)
@@ -231,7 +233,7 @@ type app struct {
 	log      *slog.Logger
 	routes   martini.Router
 	martini  *martini.Martini
-	dial     []byte       // the document for a call, where there is a PUBLIC_URL
+	dial     []byte       // the document for a call; no use without PUBLIC_URL
 	macs     sync.Pool    // HMACs with the auth token
 	second   atomic.Int64 // Unix time of the last rejection
 	rejected atomic.Int64 // requests rejected in that second
@@ -267,10 +269,10 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.martini.ServeHTTP(w, r)
 }
 
-// answer is the answer URL. A call gets the <Dial>. An event of a called leg
-// (Plivo's "Dial XML") and the end of a call whose application has no hangup
-// URL ("Application API") get an empty <Response>. All are reported. Its error
-// is that of base.
+// answer serves the answer URL. A call gets the <Dial>. An event of a called
+// leg ("Dial XML") and the end of a call whose application has no hangup URL
+// ("Application API") get an empty <Response>. All are reported. Its error is
+// that of base.
 func (a *app) answer(r *http.Request) (response []byte, err error) {
 	switch {
 	case r.Form.Get("DialAction") != "":
@@ -288,8 +290,8 @@ func (a *app) answer(r *http.Request) (response []byte, err error) {
 	return a.dialDocument(base), nil
 }
 
-// action is the action URL. It reports what became of the <Dial> and returns
-// what follows (Plivo's "Dial XML"). Its error is that there is no DialStatus.
+// action serves the action URL. It reports what became of the <Dial> and
+// returns what follows ("Dial XML"). Its error is that there is no DialStatus.
 func (a *app) action(r *http.Request) (response []byte, err error) {
 	status := r.Form.Get("DialStatus")
 	if status == "" {
@@ -325,7 +327,8 @@ var (
 	isFinal = map[string]bool{"completed": true, "busy": true, "failed": true,
 		"timeout": true, "no-answer": true, "cancel": true}
 
-	// records has the fields of each record.
+	// records has the fields of each record. Up to ten keep it below 16 KiB,
+	// where Docker splits lines.
 	records = map[string][]string{
 		"call": {"CallUUID", "From", "To", "Direction", "CallStatus"},
 		"leg": {"DialAction", "DialALegUUID", "DialBLegUUID", "DialBLegTo", "DialBLegStatus",
@@ -338,8 +341,8 @@ var (
 	hangup = new(xml.HangupElement)
 	speak  = new(xml.SpeakElement).AddSpeak
 
-	// followUps has the document that follows each DialStatus. After the first
-	// two nobody is there to hear a sentence.
+	// followUps has what a caller hears after each DialStatus. After the first
+	// two nobody listens.
 	followUps = map[string][]byte{
 		"completed": document(hangup),
 		"cancel":    document(hangup),
@@ -354,7 +357,7 @@ var (
 )
 
 // dialDocument returns the XML for a call. Its URLs begin with base, as they
-// must be fully qualified (Plivo's "Dial XML").
+// must be fully qualified ("Dial XML").
 func (a *app) dialDocument(base string) []byte {
 	if a.dial != nil && base == a.publicURL {
 		return a.dial
@@ -459,7 +462,8 @@ func (s *sink) Write(record []byte) (int, error) {
 }
 
 // checked returns a handler that writes next's response. It rejects a request
-// whose form does not read, whose sender is not authorized, or that next refuses.
+// whose form cannot be read, whose sender is not authorized, or that next
+// refuses.
 func (a *app) checked(next func(*http.Request) ([]byte, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		response, err := []byte(nil), readForm(r)
@@ -519,8 +523,8 @@ func readForm(r *http.Request) error {
 	return nil
 }
 
-// parseQuery is url.ParseQuery for a query or a form in which ";" is a character
-// like others (WHATWG's "URL").
+// parseQuery is url.ParseQuery for a query or a form in which ";" is an
+// ordinary character (WHATWG's URL standard).
 func parseQuery(text string) (url.Values, error) {
 	return url.ParseQuery(strings.ReplaceAll(text, ";", "%3B"))
 }
@@ -566,13 +570,13 @@ func hasLogin(r *http.Request, login string) bool {
 }
 
 // isSigned reports whether one of the request's V3 signatures was made with the
-// auth token; there is one for each active token (Plivo's "Signature
-// Validation"). plivo-go's own function is not used: it leaves parts of some
-// requests unsigned, and is slow where a form is long.
+// auth token; there is one for each active token ("Signature Validation").
+// plivo-go's own function is not used: it leaves parts of some requests
+// unsigned, and is slow where a form is long.
 func (a *app) isSigned(r *http.Request, base string) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // none, or one whose begin may be the end of a signed form
+		return false // none, or one whose beginning may be the end of a signed form
 	}
 	if strings.Contains(r.URL.RawQuery, "#") {
 		return false // a fragment: Plivo neither sends nor signs it
@@ -590,8 +594,9 @@ func (a *app) isSigned(r *http.Request, base string) bool {
 	return signed
 }
 
-// signedText returns what Plivo signs of a POST: the URL as it was called, with
-// its query and the form decoded and sorted, and the nonce.
+// signedText returns what Plivo signs of a POST ("Signature Validation"): the
+// URL as it was called, with its query and the form decoded and sorted, and the
+// nonce.
 func signedText(r *http.Request, base, nonce string) []byte {
 	query, _ := parseQuery(r.URL.RawQuery) // it decodes: readForm has seen it
 	text := append(make([]byte, 0, 1024), base...)
@@ -609,14 +614,14 @@ func signedText(r *http.Request, base, nonce string) []byte {
 }
 
 // appendSorted appends parameters to a text, sorted by name and then by value,
-// with a sign between name and value and one between parameters.
+// with equals between name and value, and ampersand between parameters.
 func appendSorted(text []byte, params url.Values, equals, ampersand string) []byte {
 	names := slices.AppendSeq(make([]string, 0, len(params)), maps.Keys(params))
 	slices.Sort(names)
 	for i, name := range names {
 		values := params[name]
 		if len(values) > 1 {
-			values = slices.Sorted(slices.Values(values)) // a copy: in r.Form the first counts
+			values = slices.Sorted(slices.Values(values)) // a copy: r.Form shares it
 		}
 		for j, value := range values {
 			if i+j > 0 {
