@@ -54,6 +54,8 @@ const (
 	graceTime     = 1500 * time.Millisecond // then, for requests still unfinished
 
 	required, secret = 1, 2 // a variable's rules: needed in production; never printed
+
+	fictionalNumber = "+12025550123"
 )
 
 func main() {
@@ -156,9 +158,9 @@ var variables = []struct {
 	isValid func(value string) bool
 	want    string
 }{
-	{"DIAL_TO", required, isDialTo, "E.164 numbers, country code first (+12025550123), and SIP URIs " +
-		"(sip:user@example.com), separated by commas"},
-	{"CALLER_ID", 0, matches(number), "an E.164 number of your account (+12025550123)"},
+	{"DIAL_TO", required, isDialTo, "E.164 numbers, country code first (" + fictionalNumber + "), " +
+		"and SIP URIs (sip:user@example.com), separated by commas"},
+	{"CALLER_ID", 0, matches(number), "an E.164 number of your account (" + fictionalNumber + ")"},
 	{"DIAL_TIMEOUT", 0, matches(`[1-9][0-9]{0,8}`), "whole seconds to let it ring, at least 1"},
 	{"PUBLIC_URL", required, isBaseURL, "the URL by which Plivo reaches this server: http or https, " +
 		"a host, perhaps a path, and nothing else; take " + answerPath + "/ off its end"},
@@ -191,7 +193,7 @@ func configure(getenv func(string) string) (config, error) {
 	dialTimeout, _ := strconv.Atoi(getenv("DIAL_TIMEOUT")) // 0 where it is not set
 	return config{
 		address:     net.JoinHostPort(getenv("HOST"), cmp.Or(getenv("PORT"), "8080")),
-		dialTo:      cmp.Or(getenv("DIAL_TO"), "+12025550123"),
+		dialTo:      cmp.Or(getenv("DIAL_TO"), fictionalNumber),
 		callerID:    getenv("CALLER_ID"),
 		dialTimeout: dialTimeout,
 		publicURL:   strings.TrimRight(getenv("PUBLIC_URL"), "/"),
@@ -233,7 +235,7 @@ type app struct {
 	log      *slog.Logger
 	routes   martini.Router
 	martini  *martini.Martini
-	dial     []byte       // the document for a call; no use without PUBLIC_URL
+	dial     []byte       // the document for a call, where there is a PUBLIC_URL
 	macs     sync.Pool    // HMACs with the auth token
 	second   atomic.Int64 // Unix time of the last rejection
 	rejected atomic.Int64 // requests rejected in that second
@@ -287,6 +289,9 @@ func (a *app) answer(r *http.Request) (response []byte, err error) {
 		return nil, err
 	}
 	a.report(r, slog.LevelInfo, "call")
+	if base == a.publicURL {
+		return a.dial, nil
+	}
 	return a.dialDocument(base), nil
 }
 
@@ -359,9 +364,6 @@ var (
 // dialDocument returns the XML for a call. Its URLs begin with base, as they
 // must be fully qualified ("Dial XML").
 func (a *app) dialDocument(base string) []byte {
-	if a.dial != nil && base == a.publicURL {
-		return a.dial
-	}
 	var contents []any
 	for destination := range strings.SplitSeq(a.dialTo, ",") {
 		destination = html.EscapeString(strings.TrimSpace(destination)) // plivo-go does not escape
