@@ -68,8 +68,8 @@ func main() {
 	}
 }
 
-// run serves until SIGTERM or SIGINT, then finishes what is under way. Its
-// error says why it cannot start, a line for each problem, or had to stop.
+// run serves until SIGTERM or SIGINT, and then what is under way for at most
+// three seconds. Its error says why it cannot start, a line a problem, or go on.
 func run() error {
 	signal.Ignore(syscall.SIGPIPE) // writing to a closed stdout is an error, not the end
 	signals := make(chan os.Signal, 1)
@@ -101,8 +101,8 @@ func run() error {
 		signal.Stop(signals) // another signal ends the process at once
 	}
 
-	// Shutdown closes idle connections, and a request that was just sent on
-	// one gets no answer. So ServeHTTP asks clients to close theirs first.
+	// Shutdown closes idle connections, and a request that was just sent on one
+	// gets no answer. So, for a second, answers ask clients to close theirs.
 	app.stopping.Store(true)
 	time.Sleep(time.Second)
 	listener.Close()
@@ -130,10 +130,10 @@ func newServer(a *app) *http.Server {
 type config struct {
 	address     string // where to listen, host:port
 	dialTo      string // E.164 numbers and SIP URIs, separated by commas
-	callerID    string // that the called party sees
+	callerID    string // the number that the called party sees
 	dialTimeout int    // seconds to let it ring
-	publicURL   string // by which Plivo reaches this server, no slash at its end
-	authToken   string // with which Plivo signs
+	publicURL   string // the URL by which Plivo reaches this server, up to /dialstatus/
+	authToken   string // the key with which Plivo signs
 	basicAuth   string // user:password of PHLO's HTTP Request node
 }
 
@@ -146,7 +146,7 @@ var variables = []struct {
 }{
 	{name: "DIAL_TO", byDefault: exampleNumber, required: true,
 		isValid: matches(dialable + `(,` + dialable + `)*`),
-		want:    "E.164 numbers, country code first, and SIP URIs (sip:user@host), with commas"},
+		want:    "E.164 numbers, country code first, and sip: URIs, separated by commas"},
 	{name: "CALLER_ID", isValid: matches(number), want: "an E.164 number of your account"},
 	{name: "DIAL_TIMEOUT", isValid: matches(`[1-9][0-9]{0,8}`), want: "seconds, at least 1"},
 	{name: "PUBLIC_URL", required: true, isValid: isBaseURL,
@@ -162,9 +162,9 @@ var variables = []struct {
 }
 
 const (
-	number = `\+?[1-9][0-9]{6,14}` // E.164
-	// A SIP URI is of printable ASCII: XML cannot hold all other characters.
-	dialable = `\s*(` + number + `|sip:[!#-+\--;=?A-~]+@[!#-+\--;=?A-~]+)\s*`
+	number   = `\+?[1-9][0-9]{6,14}` // E.164
+	sipPart  = `[!#-+\--;=?A-~]+`    // printable ASCII but "@ , < >": XML can hold it
+	dialable = `\s*(` + number + `|sip:` + sipPart + `@` + sipPart + `)\s*`
 	userPass = `[^:"' [:cntrl:]][^:[:cntrl:]]*:[^[:cntrl:]]*[^"' [:cntrl:]]`
 	httpURL  = `https?://([A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?`
 )
@@ -215,15 +215,15 @@ type app struct {
 	config
 	log      *slog.Logger
 	handler  http.Handler // Martini, with the routes
-	callXML  string       // the answer to a call, where there is a PUBLIC_URL
+	callXML  string       // the answer to a call if PUBLIC_URL is set
 	stopping atomic.Bool  // whether the server is about to end
 
-	mu         sync.Mutex // for both below
+	mu         sync.Mutex // guards the two below
 	rejectedAt int64      // Unix time of the last rejection
 	rejections int        // in that second
 }
 
-// newApp returns the app. Martini also serves each path with a slash at its end.
+// newApp returns the app. Martini serves a path with a slash at its end, too.
 func newApp(cfg config, log *slog.Logger) *app {
 	a := &app{config: cfg, log: log, callXML: dialXML(cfg, cfg.publicURL)}
 	routes := martini.NewRouter()
@@ -246,7 +246,7 @@ func newApp(cfg config, log *slog.Logger) *app {
 	return a
 }
 
-// ServeHTTP answers, and closes the connection where the server is about to end.
+// ServeHTTP answers, and ends the connection if the server is about to end.
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.stopping.Load() {
 		w.Header().Set("Connection", "close")
@@ -297,11 +297,11 @@ func (a *app) action(w http.ResponseWriter, r *http.Request) {
 }
 
 var (
-	// callIsOver tells what each CallStatus says of a call.
+	// callIsOver has each CallStatus of a call that has ended.
 	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true,
 		"timeout": true, "no-answer": true, "cancel": true}
 
-	// followUps has what the caller hears after each DialStatus, if still there.
+	// followUps has what a caller who is still there hears after each DialStatus.
 	followUps = map[string]string{
 		"completed": responseXML(new(xml.HangupElement)),
 		"cancel":    responseXML(new(xml.HangupElement)),
@@ -351,9 +351,9 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that rejects a request or lets next answer it, with
-// the body in r.PostForm, and query and body in r.Form. r.ParseForm is slower,
-// and does not tell an empty form from a body of another type.
+// checked returns a handler that rejects a request or calls next, with the body
+// in r.PostForm, and query and body in r.Form. r.ParseForm is not used: it is
+// slower, and takes a body of another type for an empty form.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
@@ -372,9 +372,9 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 		case err != nil:
 			a.reject(w, r, http.StatusBadRequest, "the body broke off: send all of it, at once")
 		case len(body) > 0 && !strings.EqualFold(strings.TrimSpace(mediaType), formType):
-			a.reject(w, r, http.StatusUnsupportedMediaType, "not a form: send "+formType)
+			a.reject(w, r, http.StatusUnsupportedMediaType, "this is not a form: send "+formType)
 		case formErr != nil || queryErr != nil:
-			a.reject(w, r, http.StatusBadRequest, "does not decode: send %25 for %, %3B for ;")
+			a.reject(w, r, http.StatusBadRequest, "this does not decode: send %25 for %, %3B for ;")
 		case !a.authorized(r):
 			a.reject(w, r, http.StatusForbidden,
 				"forbidden: Plivo has not signed this. If it called another URL, set PUBLIC_URL; "+
@@ -385,26 +385,27 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// authorized reports whether Plivo or PHLO sent a request, or anybody may.
+// authorized reports whether Plivo or PHLO sent a request, or anyone may. Where
+// PHLO_BASIC_AUTH is not set, no login equals it, as each has a colon.
 func (a *app) authorized(r *http.Request) bool {
 	user, password, _ := r.BasicAuth()
 	isPHLO := hmac.Equal([]byte(user+":"+password), []byte(a.basicAuth))
 	return a.authToken == "" || isPHLO || a.isSigned(r)
 }
 
-// isSigned reports whether one of the V3 signatures was made with the auth token
-// ("Signature Validation"). plivo-go's function leaves parts of some unsigned.
+// isSigned reports whether the auth token made one of the V3 signatures
+// ("Signature Validation"). plivo-go's check leaves parts of requests unsigned.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // a dot would let the end of a captured form be moved into it
+		return false // a dot could be followed by the end of a captured form
 	}
 	mac := hmac.New(sha256.New, []byte(a.authToken))
 	mac.Write(signedText(r, a.baseURL(r), nonce))
 	want := base64.StdEncoding.EncodeToString(mac.Sum(nil))
-	signatures := slices.Concat(
+	headers := slices.Concat( // each can be there twice, and hold a list
 		r.Header.Values("X-Plivo-Signature-V3"), r.Header.Values("X-Plivo-Signature-Ma-V3"))
-	for signature := range strings.SplitSeq(strings.Join(signatures, ","), ",") {
+	for signature := range strings.SplitSeq(strings.Join(headers, ","), ",") {
 		if hmac.Equal([]byte(strings.TrimSpace(signature)), []byte(want)) {
 			return true
 		}
@@ -450,7 +451,7 @@ func writeSorted(text *bytes.Buffer, params url.Values, equals, ampersand string
 }
 
 // baseURL returns the URL by which Plivo reached this server, up to the route:
-// PUBLIC_URL, or what the first proxy says, or what the request says.
+// PUBLIC_URL, else what the first proxy says, else what the request says.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -476,20 +477,20 @@ func (a *app) report(r *http.Request, level slog.Level, record string, fields ..
 // reject answers why a request is not served, and logs it, up to maxRejections
 // in a second: a flood must not push reports out of the log.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
-	reason = cut(reason)
-	now := time.Now().Unix()
 	a.mu.Lock()
+	now := time.Now().Unix()
 	if a.rejectedAt != now {
 		a.rejectedAt, a.rejections = now, 0
 	}
 	a.rejections++
-	if a.rejections <= maxRejections {
-		a.log.Warn("rejected", "status", status, "reason", reason, "path", cut(r.URL.Path),
+	logged := a.rejections <= maxRejections
+	a.mu.Unlock()
+	if logged {
+		a.log.Warn("rejected", "status", status, "reason", cut(reason), "path", cut(r.URL.Path),
 			"url", cut(a.baseURL(r)+r.URL.RequestURI()), "peer", r.RemoteAddr,
 			"X-Forwarded-For", cut(strings.Join(r.Header.Values("X-Forwarded-For"), ", ")))
 	}
-	a.mu.Unlock()
-	http.Error(w, reason, status)
+	http.Error(w, cut(reason), status)
 }
 
 // cut returns the first maxValue bytes of a text.
@@ -501,7 +502,7 @@ type logWriter struct {
 	torn           bool // stdout ends inside a record
 }
 
-// Write takes a whole record. Its error is that stderr does not take it, either.
+// Write takes a whole record, and one at a time. Its error is that of stderr.
 func (l *logWriter) Write(record []byte) (int, error) {
 	line := record
 	if l.torn {
