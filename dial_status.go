@@ -43,8 +43,8 @@ import (
 
 const (
 	maxBody       = 16 << 10       // bytes of a body; Plivo sends less than 1 KiB
-	maxValue      = 256            // bytes of a value in the log; Plivo sends less than 100
-	maxRejections = 20             // in the log in a second
+	maxValue      = 256            // bytes of a value in the log, and of a reason
+	maxRejections = 20             // logged in a second
 	exampleNumber = "+12025550123" // reserved for fiction: nobody answers it
 	formType      = "application/x-www-form-urlencoded"
 )
@@ -56,7 +56,7 @@ func main() {
 			fmt.Fprintf(os.Stderr, "\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.want)
 		}
 	}
-	flag.CommandLine.SetOutput(io.Discard) // it would show a wrong argument, perhaps a secret
+	flag.CommandLine.SetOutput(io.Discard) // flag shows a wrong argument, perhaps a secret
 	flag.Parse()
 	if flag.NArg() > 0 {
 		flag.Usage()
@@ -68,8 +68,8 @@ func main() {
 	}
 }
 
-// run serves until SIGTERM or SIGINT, and then what is under way for at most
-// three seconds. Its error says why it cannot start, a line a problem, or go on.
+// run serves until SIGTERM or SIGINT, and then lets requests finish, for four
+// seconds at most. Its error says why the server cannot start, or not go on.
 func run() error {
 	signal.Ignore(syscall.SIGPIPE) // writing to a closed stdout is an error, not the end
 	signals := make(chan os.Signal, 1)
@@ -140,7 +140,7 @@ type config struct {
 // variables lists the environment variables, and what each must be.
 var variables = []struct {
 	name, byDefault  string
-	required, secret bool // required when MARTINI_ENV is production
+	required, secret bool // required: in production
 	isValid          func(value string) bool
 	want             string
 }{
@@ -163,7 +163,7 @@ var variables = []struct {
 
 const (
 	number   = `\+?[1-9][0-9]{6,14}` // E.164
-	sipPart  = `[!#-+\--;=?A-~]+`    // printable ASCII but "@ , < >": XML can hold it
+	sipPart  = `[!#-+\--;=?A-~]+`    // printable ASCII, which XML can hold, but for space " , < > @
 	dialable = `\s*(` + number + `|sip:` + sipPart + `@` + sipPart + `)\s*`
 	userPass = `[^:"' [:cntrl:]][^:[:cntrl:]]*:[^[:cntrl:]]*[^"' [:cntrl:]]`
 	httpURL  = `https?://([A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?`
@@ -215,7 +215,7 @@ type app struct {
 	config
 	log      *slog.Logger
 	handler  http.Handler // Martini, with the routes
-	callXML  string       // the answer to a call if PUBLIC_URL is set
+	callXML  string       // the answer to a call; used if PUBLIC_URL is set
 	stopping atomic.Bool  // whether the server is about to end
 
 	mu         sync.Mutex // guards the two below
@@ -255,7 +255,7 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // answer serves the answer URL: a call gets the <Dial>. What its called legs do
-// ("Dial XML") and how it ends ("Application API") is reported here, too.
+// ("Dial XML") and its end ("Application API") are reported here, too.
 func (a *app) answer(w http.ResponseWriter, r *http.Request) {
 	document := emptyXML
 	switch {
@@ -301,7 +301,7 @@ var (
 	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true,
 		"timeout": true, "no-answer": true, "cancel": true}
 
-	// followUps has what a caller who is still there hears after each DialStatus.
+	// followUps has the document that follows each DialStatus.
 	followUps = map[string]string{
 		"completed": responseXML(new(xml.HangupElement)),
 		"cancel":    responseXML(new(xml.HangupElement)),
@@ -351,9 +351,9 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that rejects a request or calls next, with the body
-// in r.PostForm, and query and body in r.Form. r.ParseForm is not used: it is
-// slower, and takes a body of another type for an empty form.
+// checked returns a handler that rejects a request or calls next, with the form
+// in r.PostForm, and query and form in r.Form. r.ParseForm is not used: it is
+// slower, and treats a body of another type as an empty form.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
@@ -362,7 +362,7 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 		query, queryErr := url.ParseQuery(r.URL.RawQuery)
 		r.Form, r.PostForm = form, form
 		if len(query) > 0 {
-			maps.Copy(query, form) // of a field in both, that of the body counts
+			maps.Copy(query, form) // if a field is in both, the body's counts
 			r.Form = query
 		}
 		switch {
@@ -385,8 +385,8 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// authorized reports whether Plivo or PHLO sent a request, or anyone may. Where
-// PHLO_BASIC_AUTH is not set, no login equals it, as each has a colon.
+// authorized reports whether to serve a request: Plivo or PHLO sent it, or no
+// token is set. An empty basicAuth equals no login, as a login has a colon.
 func (a *app) authorized(r *http.Request) bool {
 	user, password, _ := r.BasicAuth()
 	isPHLO := hmac.Equal([]byte(user+":"+password), []byte(a.basicAuth))
@@ -394,16 +394,16 @@ func (a *app) authorized(r *http.Request) bool {
 }
 
 // isSigned reports whether the auth token made one of the V3 signatures
-// ("Signature Validation"). plivo-go's check leaves parts of requests unsigned.
+// ("Signature Validation"). plivo-go's check ignores parts of some requests.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // a dot could be followed by the end of a captured form
+		return false // with a dot, the end of a captured form could be in it
 	}
 	mac := hmac.New(sha256.New, []byte(a.authToken))
 	mac.Write(signedText(r, a.baseURL(r), nonce))
 	want := base64.StdEncoding.EncodeToString(mac.Sum(nil))
-	headers := slices.Concat( // each can be there twice, and hold a list
+	headers := slices.Concat( // each may be repeated, or hold a list
 		r.Header.Values("X-Plivo-Signature-V3"), r.Header.Values("X-Plivo-Signature-Ma-V3"))
 	for signature := range strings.SplitSeq(strings.Join(headers, ","), ",") {
 		if hmac.Equal([]byte(strings.TrimSpace(signature)), []byte(want)) {
@@ -502,7 +502,7 @@ type logWriter struct {
 	torn           bool // stdout ends inside a record
 }
 
-// Write takes a whole record, and one at a time. Its error is that of stderr.
+// Write takes one whole record at a time. Its error is that of stderr.
 func (l *logWriter) Write(record []byte) (int, error) {
 	line := record
 	if l.torn {
