@@ -79,13 +79,14 @@ const (
 	dialTag = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST" `
 	dialURL = `callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
 
-	info     = slog.LevelInfo
-	probed   = "dialstatus runs, and takes calls at /dialstatus/"
-	tooLong  = "the body is too long: send 16384 bytes at most"
-	notAForm = "this is not a form: send application/x-www-form-urlencoded"
-	noDecode = "this does not decode: send %25 for %, %3B for ;"
-	noStatus = "no DialStatus: send the form that Plivo posts here"
-	forged   = "forbidden: Plivo has not signed this. If it called another URL, set PUBLIC_URL; " +
+	calls     = `{"level":"INFO","msg":"call"`
+	completed = `{"level":"INFO","msg":"dial","DialStatus":"completed","DialALegUUID":"` + aLeg + `"`
+	probed    = "dialstatus runs, and takes calls at /dialstatus/"
+	tooLong   = "the body is too long: send 16384 bytes at most"
+	notAForm  = "this is not a form: send application/x-www-form-urlencoded"
+	noDecode  = "this does not decode: send %25 for %, %3B for ;"
+	noStatus  = "no DialStatus: send the form that Plivo posts here"
+	forged    = "forbidden: Plivo has not signed this. If it called another URL, set PUBLIC_URL; " +
 		"if not, PLIVO_AUTH_TOKEN is not that of the number's account"
 )
 
@@ -110,13 +111,13 @@ func logged(level slog.Level, message string, attributes ...any) string {
 }
 
 // record is the line of a form.
-func record(level slog.Level, message, form string) string {
+func record(message, form string) string {
 	values, _ := url.ParseQuery(form)
 	var attributes []any
 	for _, key := range keys[message] {
 		attributes = append(attributes, key, values.Get(key))
 	}
-	return logged(level, message, attributes...)
+	return logged(slog.LevelInfo, message, attributes...)
 }
 
 // rejected is the line of a request that was not served.
@@ -182,8 +183,8 @@ func (w recorder) WriteHeader(status int) {
 	w.ResponseRecorder.WriteHeader(status)
 }
 
-// want sends a request, and checks status, type and text of the answer, and the
-// log. What is not XML is one plain line.
+// want sends a request, and checks status, type and text of the answer, and how
+// the one record begins. What is not XML is one plain line.
 func (test *testApp) want(t *testing.T, r *http.Request, status int, text, record string) {
 	t.Helper()
 	answer, log := test.send(r)
@@ -200,7 +201,7 @@ func (test *testApp) want(t *testing.T, r *http.Request, status int, text, recor
 	if answer.Body.String() != text {
 		t.Errorf("answer:\n got %s\nwant %s", answer.Body, text)
 	}
-	if got := lines(log); len(got) != 1 || got[0] != record {
+	if got := lines(log); len(got) != 1 || !strings.HasPrefix(got[0], record) {
 		t.Errorf("log:\n got %s\nwant %s", log, record)
 	}
 }
@@ -213,7 +214,6 @@ func (test *testApp) wantRejection(t *testing.T, r *http.Request, status int, re
 
 const urlencoded = "application/x-www-form-urlencoded"
 
-// A sent request goes to an app.
 type sent struct {
 	name string
 	app  *testApp
@@ -243,7 +243,6 @@ func TestAnswerURL(t *testing.T) {
 	for _, test := range []struct{ name, form, document, record string }{
 		{"a call reaches the number", ringingCall, dials, "call"},
 		{"nothing is sent", "", dials, "call"},
-		{"values like JSON and XML", "From=%22,%22To%22:%22%5C%0A%00%ff&To=%3C/%26", dials, "call"},
 		{"an unknown Event", "Event=hangup", dials, "call"},
 		{"a called leg answers", with(endedLeg, "DialAction", "answer"), nothing, "leg"},
 		{"a called leg has ended", endedLeg, nothing, "leg"},
@@ -258,7 +257,7 @@ func TestAnswerURL(t *testing.T) {
 		{"final: cancel", "CallStatus=cancel", nothing, "hangup"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			record := record(info, test.record, test.form)
+			record := `{"level":"INFO","msg":"` + test.record + `"`
 			app.want(t, post("/dialstatus/", test.form), 200, test.document, record)
 			app.want(t, post("/dialstatus?"+test.form, ""), 200, test.document, record)
 		})
@@ -277,11 +276,12 @@ func TestActionURL(t *testing.T) {
 		"Completed": says("The call has ended."),
 	} {
 		t.Run(status, func(t *testing.T) {
-			form, level := with(endedDial, "DialStatus", status), info
+			form, level := with(endedDial, "DialStatus", status), "INFO"
 			if status == "Completed" {
-				level = slog.LevelWarn
+				level = "WARN"
 			}
-			app.want(t, post("/dialstatus/action", form), 200, document, record(level, "dial", form))
+			record := `{"level":"` + level + `","msg":"dial","DialStatus":"` + status + `"`
+			app.want(t, post("/dialstatus/action", form), 200, document, record)
 		})
 	}
 	t.Run("no DialStatus", func(t *testing.T) {
@@ -293,18 +293,18 @@ func TestActionURL(t *testing.T) {
 func TestFields(t *testing.T) {
 	app := newTestApp(t)
 	const path = "/dialstatus/action/"
-	busy, report := path+"?"+with(endedDial, "DialStatus", "busy"), record(info, "dial", endedDial)
+	busy := path + "?" + with(endedDial, "DialStatus", "busy")
 	for name, r := range map[string]*http.Request{
-		"with the slash at its end":    post(path, endedDial),
-		"a type in capitals":           post(path, endedDial, strings.ToUpper("Content-Type: "+urlencoded)),
-		"a type with parameters":       post(path, endedDial, "Content-Type: "+urlencoded+" ; charset"),
-		"in the query":                 post(path+"?"+endedDial, "", "Content-Type: application/json"),
-		"in both: the body counts":     post(busy, endedDial),
-		"some in each":                 post(busy, "DialStatus=completed"),
-		"two values: the first counts": post(path, endedDial+"&DialStatus=busy"),
-		"the longest body":             post(path, endedDial+"&x="+long(16<<10-len(endedDial)-3)),
+		"with a slash at its end": post(path, endedDial),
+		"a type in capitals":      post(path, endedDial, strings.ToUpper("Content-Type: "+urlencoded)),
+		"a type with parameters":  post(path, endedDial, "Content-Type: "+urlencoded+" ; charset"),
+		"in the query":            post(path+"?"+endedDial, "", "Content-Type: application/json"),
+		"in both: the body":       post(busy, endedDial),
+		"some in each":            post(busy, "DialStatus=completed"),
+		"two values: the first":   post(path, endedDial+"&DialStatus=busy"),
+		"the longest body":        post(path, endedDial+"&x="+long(16<<10-len(endedDial)-3)),
 	} {
-		t.Run(name, func(t *testing.T) { app.want(t, r, 200, hangsUp, report) })
+		t.Run(name, func(t *testing.T) { app.want(t, r, 200, hangsUp, completed) })
 	}
 }
 
@@ -323,7 +323,7 @@ func TestDialDocument(t *testing.T) {
 	} {
 		t.Run(test.variable, func(t *testing.T) {
 			newTestApp(t, test.variable).want(t, post("/dialstatus/", ringingCall), 200,
-				test.document+"</Dial></Response>", record(info, "call", ringingCall))
+				test.document+"</Dial></Response>", calls)
 		})
 	}
 }
@@ -362,8 +362,7 @@ func TestBaseURL(t *testing.T) {
 			xml.EscapeText(&base, []byte(test.base))
 			app := newTestApp(t, test.publicURL)
 			app.want(t, post("/dialstatus/", ringingCall, test.headers...), 200,
-				strings.ReplaceAll(dials, "http://example.com", base.String()),
-				record(info, "call", ringingCall))
+				strings.ReplaceAll(dials, "http://example.com", base.String()), calls)
 			r := post("/dialstatus/action?a=b", "", test.headers...)
 			app.want(t, r, 400, noStatus, rejected(r, test.base, 400, noStatus))
 		})
@@ -409,7 +408,6 @@ func TestBadInput(t *testing.T) {
 	}{
 		{"a byte too long", post(path, long(16<<10+1)), 413, tooLong},
 		{"JSON", post(path, "{}", "Content-Type: application/json"), 415, notAForm},
-		{"form-data", post(path, "-", "Content-Type: multipart/form-data; boundary=a"), 415, notAForm},
 		{"no type", post(path, "a=b", "Content-Type: "), 415, notAForm},
 		{"the body does not decode", post(path, "a=%zz"), 400, noDecode},
 		{"a semicolon in the body", post(path, "a=b;c"), 400, noDecode},
@@ -432,18 +430,26 @@ func TestBadInput(t *testing.T) {
 	})
 }
 
-// Docker splits a line of the log at 16 KiB, and half a record is no JSON.
-func TestRecordsAreShort(t *testing.T) {
+// Each record has its fields, and is below 16 KiB, where Docker splits a line.
+func TestRecords(t *testing.T) {
 	app := newTestApp(t)
 	controls := strings.Repeat("\x01", 257) // each of them has six bytes in JSON
-	for message, target := range map[string]string{"call": "/dialstatus/", "leg": "/dialstatus/",
-		"hangup": "/dialstatus/?Event=Hangup", "dial": "/dialstatus/action/"} {
+	for message, test := range map[string]struct{ target, form string }{
+		"call":   {"/dialstatus/", ringingCall},
+		"leg":    {"/dialstatus/", endedLeg},
+		"hangup": {"/dialstatus/?Event=Hangup", endedCall},
+		"dial":   {"/dialstatus/action/", endedDial},
+	} {
 		t.Run(message, func(t *testing.T) {
+			_, log := app.send(post(test.target, test.form))
+			if want := record(message, test.form); lines(log)[0] != want {
+				t.Errorf("log:\n got %s\nwant %s", log, want)
+			}
 			values := make(url.Values)
 			for _, field := range keys[message] {
 				values.Set(field, controls)
 			}
-			_, log := app.send(post(target, values.Encode()))
+			_, log = app.send(post(test.target, values.Encode()))
 			if n := strings.Count(log, `\u0001`); n != 256*len(keys[message]) || len(log) > 16<<10 {
 				t.Errorf("a record of %d bytes, with %d controls: %.99s", len(log), n, log)
 			}
@@ -609,7 +615,7 @@ func TestPlivoMaySend(t *testing.T) {
 	}
 	t.Run("a signature does not change which value counts", func(t *testing.T) {
 		r := signed(action, endedDial+"&DialStatus=busy")
-		app.want(t, r, 200, hangsUp, record(info, "dial", endedDial))
+		app.want(t, r, 200, hangsUp, completed)
 	})
 }
 
@@ -665,7 +671,6 @@ func TestForgeries(t *testing.T) {
 		{"other host", tunnelled, signed(action, endedDial, https, "Host: evil.example")},
 		{"other forwarded host", tunnelled, signed(action, endedDial, https,
 			"Host: calls.example.org", "X-Forwarded-Host: evil.example")},
-		{"other port", tunnelled, signed(action, endedDial, https, "Host: calls.example.org:8443")},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.app.wantRejection(t, test.Request, 403, forged) })
 	}
@@ -706,7 +711,6 @@ func TestConfigurationErrors(t *testing.T) {
 		{"DIAL_TO", secret, []string{"sip:user:s3cret@host x", "sip:@b", "sip:a@", "sip:a@b@c",
 			"sip:a@bü", "sip:a@b\x7f", "sip:a@b\x01", "sip:a@b\nc", "sip:a@b<", "sip:a>@b",
 			`sip:"a"@b`, "sip:a b@c", "sip:a,b@c", "sips:a@b", "SIP:a@b"}},
-		{"CALLER_ID", secret, []string{"sip:user:s3cret@host"}},
 		{"PUBLIC_URL", secret, []string{"https://user:s3cret@example.com"}},
 		{"PLIVO_AUTH_TOKEN", secret, []string{"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`, "'s3cret'"}},
 		{"PHLO_BASIC_AUTH", secret, []string{"s3cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c",
@@ -874,7 +878,7 @@ func text(file *os.File) string {
 	return string(text)
 }
 
-// newFile is an empty file. Where there is none, its user fails.
+// newFile is an empty file.
 func newFile(t *testing.T) *os.File {
 	file, _ := os.CreateTemp(t.TempDir(), "")
 	return file
@@ -883,7 +887,6 @@ func newFile(t *testing.T) *os.File {
 // launch starts the test binary as a server, on a free port unless the
 // variables say otherwise, and with this stdout unless it is nil.
 func launch(t *testing.T, stdout *os.File, argument string, variables ...string) *process {
-	t.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0], strings.Fields(argument)...), stdout: newFile(t),
 		stderr: newFile(t), ended: make(chan error, 1)}
 	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0", "GOCOVERDIR=" + t.TempDir(),
@@ -901,7 +904,6 @@ func launch(t *testing.T, stdout *os.File, argument string, variables ...string)
 
 // start launches a server, and waits until it listens.
 func start(t *testing.T, stdout *os.File, variables ...string) *process {
-	t.Helper()
 	p := launch(t, stdout, "", variables...)
 	listens := regexp.MustCompile(`"msg":"listening","address":"(.*)"`)
 	for range 2000 {
@@ -922,7 +924,6 @@ type client struct {
 }
 
 func (p *process) dial(t *testing.T) client {
-	t.Helper()
 	conn, err := net.Dial("tcp", p.address)
 	if err != nil {
 		t.Fatal(err)
@@ -969,10 +970,11 @@ func TestServer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := start(t, nil, test.variables...)
-			want := append([]string{logged(info, "listening", "address", server.address)}, test.warnings...)
+			listens := logged(slog.LevelInfo, "listening", "address", server.address)
 			if answer, err := http.Get("http://" + server.address); err != nil || answer.StatusCode != 200 {
 				t.Errorf("answer: %v, %v", answer, err)
 			}
+			want := append([]string{listens}, test.warnings...)
 			if got := lines(text(server.stdout)); !slices.Equal(got, want) {
 				t.Errorf("log: %q, want %q", got, want)
 			}
@@ -1147,13 +1149,11 @@ func guideApp(logs io.Writer) http.Handler {
 	m.Logger(log.New(logs, "[martini] ", 0))
 	m.Post("/dialstatus/", func(w http.ResponseWriter, r *http.Request) string {
 		w.Header().Set("Content-Type", "application/xml")
-		response := plivoxml.ResponseElement{
-			Contents: []interface{}{
-				new(plivoxml.DialElement).
-					SetAction("http://foo.com/dialstatus/action/").SetMethod("POST").SetRedirect(true).
-					SetContents([]interface{}{new(plivoxml.NumberElement).SetContents("12025550123")}),
-			},
-		}
+		response := plivoxml.ResponseElement{Contents: []interface{}{
+			new(plivoxml.DialElement).
+				SetAction("http://foo.com/dialstatus/action/").SetMethod("POST").SetRedirect(true).
+				SetContents([]interface{}{new(plivoxml.NumberElement).SetContents("12025550123")}),
+		}}
 		return response.String()
 	})
 	m.Post("/dialstatus/action", func(w http.ResponseWriter, r *http.Request) string {
@@ -1190,7 +1190,7 @@ func Benchmark(b *testing.B) {
 					app.ServeHTTP(httptest.NewRecorder(), &r)
 				}
 				perOp := float64(b.Elapsed()) / float64(b.N)
-				if name == "guide" {
+				if i == 0 {
 					guide = perOp
 				}
 				b.ReportMetric(perOp/guide, "x-guide")
