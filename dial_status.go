@@ -69,7 +69,7 @@ func main() {
 }
 
 // run serves until SIGTERM or SIGINT, and then lets requests finish, for four
-// seconds at most. Its error says why the server cannot start, or not go on.
+// seconds at most. Its error says why the server could not start or go on.
 func run() error {
 	signal.Ignore(syscall.SIGPIPE) // writing to a closed stdout is an error, not the end
 	signals := make(chan os.Signal, 1)
