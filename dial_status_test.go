@@ -243,7 +243,7 @@ func TestAnswerURL(t *testing.T) {
 		{"a called leg has ended", endedLeg, nothing, "leg"},
 		{"a leg before the end of the call", "DialAction=x&Event=Hangup", nothing, "leg"},
 		{"the call is over", endedCall, nothing, "hangup"},
-		{"the call is over, whatever its status", "Event=Hangup&CallStatus=x", nothing, "hangup"},
+		{"over, whatever the status is", "DialAction=&Event=Hangup&CallStatus=x", nothing, "hangup"},
 		{"final: completed", "CallStatus=completed", nothing, "hangup"},
 		{"final: busy", "CallStatus=busy", nothing, "hangup"},
 		{"final: failed", "CallStatus=failed", nothing, "hangup"},
