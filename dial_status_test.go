@@ -192,8 +192,8 @@ func (test *testApp) want(t *testing.T, r *http.Request, status int, text, recor
 	if !strings.HasPrefix(text, "<") {
 		contentType, text = "text/plain; charset=utf-8", text+"\n"
 	}
-	if answer.Code != status || answer.Header().Get("Content-Type") != contentType {
-		t.Errorf("answer: %d %q, want %d %q", answer.Code, answer.Header(), status, contentType)
+	if got := answer.Result().Header.Get("Content-Type"); answer.Code != status || got != contentType {
+		t.Errorf("answer: %d %q, want %d %q", answer.Code, got, status, contentType)
 	}
 	if answer.Body.String() != text {
 		t.Errorf("answer:\n got %s\nwant %s", answer.Body, text)
@@ -237,8 +237,8 @@ func TestAnswerURL(t *testing.T) {
 	app := newTestApp(t)
 	for _, test := range []struct{ name, form, document, record string }{
 		{"a call reaches the number", ringingCall, dials, "call"},
-		{"nothing is sent", "", dials, "call"},
-		{"an unknown Event", "Event=hangup", dials, "call"},
+		{"an event of something else", "Event=DialHangup&CallStatus=in-progress", dials, "call"},
+		{"in another case", "Event=hangup&CallStatus=Completed", dials, "call"},
 		{"a called leg answers", with(endedLeg, "DialAction", "answer"), nothing, "leg"},
 		{"a called leg has ended", endedLeg, nothing, "leg"},
 		{"a leg before the end of the call", "DialAction=x&Event=Hangup", nothing, "leg"},
@@ -381,7 +381,7 @@ func TestNotServed(t *testing.T) {
 				" here: send POST to /dialstatus/ or /dialstatus/action/, such as curl"+
 				" -d CallStatus=ringing http://example.com/dialstatus/")
 			answer, _ := app.send(r)
-			if allow := answer.Header().Get("Allow"); allow != test.allow {
+			if allow := answer.Result().Header.Get("Allow"); allow != test.allow {
 				t.Errorf("Allow: %q, want %q", allow, test.allow)
 			}
 		})
