@@ -26,6 +26,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -343,7 +344,7 @@ func TestBaseURL(t *testing.T) {
 			"X-Forwarded-Host: Calls.Example.org:8443 , inner:80"}, "https://Calls.Example.org:8443"},
 		{"only the scheme is forwarded", "", []string{https}, "https://example.com"},
 		{"an empty host is forwarded", "", []string{"X-Forwarded-Host:  "}, "http://example.com"},
-		{"another scheme", "", []string{"X-Forwarded-Proto: javascript"}, "http://example.com"},
+		{"not https", "", []string{"X-Forwarded-Proto: ftp", tunnel + ":443"}, "http://abc.ngrok.app:443"},
 		{"https and its port", "", []string{https, tunnel + ":443"}, "https://abc.ngrok.app"},
 		{"https and another's port", "", []string{https, tunnel + ":4430"}, "https://abc.ngrok.app:4430"},
 		{"a port that ends alike", "", []string{tunnel + ":8080"}, "http://abc.ngrok.app:8080"},
@@ -410,7 +411,6 @@ func TestBadInput(t *testing.T) {
 		{"a byte too long", post(path, long(16<<10+1)), 413, tooLong},
 		{"JSON", post(path, "1", "Content-Type: application/json"), 415, notAForm},
 		{"another type", post(path, "a=b", "Content-Type: "+urlencoded+"2"), 415, notAForm},
-		{"the body does not decode", post(path, "a=%zz"), 400, noDecode},
 		{"a semicolon in the body", post(path, "a=b;c"), 400, noDecode},
 		{"the query does not decode", post("/dialstatus/?a=%zz", "a=b"), 400, noDecode},
 	} {
@@ -436,7 +436,7 @@ func TestRecords(t *testing.T) {
 	app := newTestApp(t)
 	controls := strings.Repeat("\x01", 257) // each of them has six bytes in JSON
 	for message, test := range map[string]struct{ target, form string }{
-		"call":   {"/dialstatus/", ringingCall},
+		"call":   {"/dialstatus/", with(ringingCall, "From", "+%22%FF%0A")},
 		"leg":    {"/dialstatus/", endedLeg},
 		"hangup": {"/dialstatus/?Event=Hangup", endedCall},
 		"dial":   {"/dialstatus/action/", endedDial},
@@ -478,10 +478,16 @@ func TestFlood(t *testing.T) {
 	for range 2 {
 		time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second)))
 		app.log.Reset()
+		var senders sync.WaitGroup
 		for range 100 {
-			app.ServeHTTP(httptest.NewRecorder(), post("/", ""))
-			app.ServeHTTP(httptest.NewRecorder(), post("/dialstatus/action/", endedDial))
+			senders.Add(1)
+			go func() {
+				app.ServeHTTP(httptest.NewRecorder(), post("/", ""))
+				app.ServeHTTP(httptest.NewRecorder(), post("/dialstatus/action/", endedDial))
+				senders.Done()
+			}()
 		}
+		senders.Wait()
 	}
 	rejections := strings.Count(app.log.String(), `"msg":"rejected"`)
 	reports := strings.Count(app.log.String(), `"msg":"dial"`)
@@ -804,9 +810,8 @@ func TestLogWriter(t *testing.T) {
 	}
 }
 
-// What strangers may send is never answered with a 5xx; a 200 is a well-formed
-// <Response>; there is one record, of one short line, for each request. Where a
-// token is set, nothing unsigned gets a 200, and what is signed is not forbidden.
+// Strangers get no 5xx, and XML that is well-formed; each leaves one record. What
+// is unsigned where a token is set is not answered, what is signed not forbidden.
 func Fuzz(f *testing.F) {
 	for _, form := range []string{ringingCall, endedLeg, endedCall, endedDial, "DialStatus=%zz;&="} {
 		f.Add(true, form, urlencoded, "", "h", "HTTPS, x", "a, b", "c2lnbmVk,", "1", "Basic Og==")
@@ -1064,7 +1069,6 @@ func TestSlowClients(t *testing.T) {
 	drip := func(sent string) (after time.Duration, answer string) {
 		client, began := server.dial(t), time.Now()
 		io.WriteString(client.Conn, sent)
-		time.AfterFunc(time.Second, func() { io.WriteString(client.Conn, "a") })
 		time.AfterFunc(4*time.Second, func() { io.WriteString(client.Conn, "a") })
 		bytes, _ := io.ReadAll(client.Reader)
 		return time.Since(began).Round(time.Second), string(bytes)
@@ -1083,9 +1087,8 @@ func TestSlowClients(t *testing.T) {
 	}
 }
 
-// A request that is open at a signal is answered: one whose body comes long
-// after the listener is closed, and one that comes soon after that, on a
-// connection that was opened before. One that does not come is not waited for.
+// What is open at a signal is answered, though it comes after the listener has
+// closed, or its body comes later still. What never comes is not waited for.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
@@ -1157,11 +1160,8 @@ func guideApp(logs io.Writer) http.Handler {
 		return response.String()
 	})
 	m.Post("/dialstatus/action", func(w http.ResponseWriter, r *http.Request) string {
-		status := r.FormValue("DialStatus")
-		aleg := r.FormValue("DialALegUUID")
-		bleg := r.FormValue("DialBLegUUID")
-		result := status + " " + aleg + " " + bleg
-		return result
+		legs := r.FormValue("DialALegUUID") + " " + r.FormValue("DialBLegUUID")
+		return r.FormValue("DialStatus") + " " + legs
 	})
 	return m
 }
