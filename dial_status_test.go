@@ -344,7 +344,7 @@ func TestBaseURL(t *testing.T) {
 			"X-Forwarded-Host: Calls.Example.org:8443 , inner:80"}, "https://Calls.Example.org:8443"},
 		{"only the scheme is forwarded", "", []string{https}, "https://example.com"},
 		{"an empty host is forwarded", "", []string{"X-Forwarded-Host:  "}, "http://example.com"},
-		{"not https", "", []string{"X-Forwarded-Proto: ftp", tunnel + ":443"}, "http://abc.ngrok.app:443"},
+		{"ftp", "", []string{"X-Forwarded-Proto: ftp", tunnel + ":443"}, "http://abc.ngrok.app:443"},
 		{"https and its port", "", []string{https, tunnel + ":443"}, "https://abc.ngrok.app"},
 		{"https and another's port", "", []string{https, tunnel + ":4430"}, "https://abc.ngrok.app:4430"},
 		{"a port that ends alike", "", []string{tunnel + ":8080"}, "http://abc.ngrok.app:8080"},
