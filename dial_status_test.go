@@ -434,7 +434,7 @@ func TestBadInput(t *testing.T) {
 // Each record has its fields, and is below 16 KiB, where Docker splits a line.
 func TestRecords(t *testing.T) {
 	app := newTestApp(t)
-	controls := strings.Repeat("\x01", 257) // each of them has six bytes in JSON
+	controls := strings.Repeat("\x01", 256) + "a" // each has six bytes in JSON
 	for message, test := range map[string]struct{ target, form string }{
 		"call":   {"/dialstatus/", with(ringingCall, "From", "+%22%FF%0A")},
 		"leg":    {"/dialstatus/", endedLeg},
