@@ -720,7 +720,7 @@ func TestConfigurationErrors(t *testing.T) {
 		{"PUBLIC_URL", secret, []string{"https://user:s3cret@example.com"}},
 		{"PLIVO_AUTH_TOKEN", secret, []string{"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`, "'s3cret'"}},
 		{"PHLO_BASIC_AUTH", secret, []string{"s3cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c",
-			" a:b", "a:b ", `"a:b"`, "'a:b'", "\ra:b", "a:b\t"}},
+			" a:b", "a:b ", `"a:b`, "'a:b", `a:b"`, "a:b'", "\ra:b", "a:b\t", ":a:b"}},
 	} {
 		for _, value := range test.values {
 			_, err := configure(environment(test.variable + "=" + value))
