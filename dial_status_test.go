@@ -686,7 +686,7 @@ func TestConfiguration(t *testing.T) {
 	for variable, address := range map[string]string{
 		"HOST=::1": "[::1]:8080", "HOST=[::]": "[::]:8080", "HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080",
 		"PORT=0": ":0", "MARTINI_ENV=test": ":8080", "MARTINI_ENV=development": ":8080",
-		"PHLO_BASIC_AUTH=ü:x": ":8080", "PHLO_BASIC_AUTH=a:\"b\"c": ":8080",
+		"PHLO_BASIC_AUTH=ü:x": ":8080", "PHLO_BASIC_AUTH=x \"y:\"b\"c": ":8080",
 		"PUBLIC_URL=http://dialstatus/mydialstatus/x": ":8080",
 		"PUBLIC_URL=http://[::1]:80/a%20b":            ":8080", "PUBLIC_URL=https://a_b.c-d.": ":8080",
 	} {
@@ -719,7 +719,7 @@ func TestConfigurationErrors(t *testing.T) {
 			`sip:"a"@b`, "sip:a b@c", "sip:a,b@c", "sips:a@b", "SIP:a@b"}},
 		{"PUBLIC_URL", secret, []string{"https://user:s3cret@example.com"}},
 		{"PLIVO_AUTH_TOKEN", secret, []string{"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`, "'s3cret'"}},
-		{"PHLO_BASIC_AUTH", secret, []string{"s3cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c",
+		{"PHLO_BASIC_AUTH", secret, []string{"s3;cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c",
 			" a:b", "a:b ", `"a:b`, "'a:b", `a:b"`, "a:b'", "\ra:b", "a:b\t", ":a:b"}},
 	} {
 		for _, value := range test.values {
