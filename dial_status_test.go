@@ -687,7 +687,7 @@ func TestConfiguration(t *testing.T) {
 		"HOST=::1": "[::1]:8080", "HOST=[::]": "[::]:8080", "HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080",
 		"PORT=0": ":0", "MARTINI_ENV=test": ":8080", "MARTINI_ENV=development": ":8080",
 		"PHLO_BASIC_AUTH=ü:x": ":8080", "PHLO_BASIC_AUTH=x \"y:\"b\"c": ":8080",
-		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatusx": ":8080", "PUBLIC_URL=https://1_b.-": ":8080",
+		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatusx": ":8080", "PUBLIC_URL=http://1_.-": ":8080",
 		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:80/a%20b": ":8080",
 	} {
 		if cfg, err := configure(environment(variable)); cfg.address != address || err != nil {
