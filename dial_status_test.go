@@ -686,9 +686,9 @@ func TestConfiguration(t *testing.T) {
 	for variable, address := range map[string]string{
 		"HOST=::1": "[::1]:8080", "HOST=[::]": "[::]:8080", "HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080",
 		"PORT=0": ":0", "MARTINI_ENV=test": ":8080", "MARTINI_ENV=development": ":8080",
-		"PHLO_BASIC_AUTH=ü:x": ":8080", "PHLO_BASIC_AUTH=x \"y:\"b\"c": ":8080",
-		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatusx": ":8080", "PUBLIC_URL=http://1_.-": ":8080",
-		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:80/a%20b": ":8080",
+		"PHLO_BASIC_AUTH=ü:x:": ":8080", "PHLO_BASIC_AUTH=x \"y:\"b\"c": ":8080",
+		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatus1": ":8080", "PUBLIC_URL=http://1_": ":8080",
+		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:65535/%20~.-_": ":8080",
 	} {
 		if cfg, err := configure(environment(variable)); cfg.address != address || err != nil {
 			t.Errorf("%s: %q, %v", variable, cfg.address, err)
@@ -707,7 +707,7 @@ func TestConfigurationErrors(t *testing.T) {
 			"tel:+12025550123", " ", `"+12025550101"`}},
 		{"CALLER_ID", "", []string{"Alice", "12025550123,12025550124", "12025550123\n"}},
 		{"DIAL_TIMEOUT", "", []string{"0", "-1", "1.5", "30s", "1234567890"}},
-		{"PUBLIC_URL", "", []string{"h", "ftp://h", "HTTPS://h", "https://", "https://h:x",
+		{"PUBLIC_URL", "", []string{"h", "ftp://h", "HTTPS://h", "https://", "https://h:x", "https://h:",
 			"https://[::1", "https://[]", "https://[fe80::1%25e]", "https://a*b", "http://h/%zz",
 			"https://h/?", "https://h/#", `http://h/a"<b>`, "http://.h", "https://h/dialstatus",
 			"https://h/a/dialstatus//", "https://h/dialstatus%2Faction/x"}},
