@@ -1182,12 +1182,12 @@ func Benchmark(b *testing.B) {
 		for i, app := range []http.Handler{guideApp(discard), open, closed} {
 			name := []string{"guide", "dialstatus", "dialstatus-signed"}[i]
 			b.Run(route.name+"/"+name, func(b *testing.B) {
-				request := signed(route.path, route.form)
+				request, writer := signed(route.path, route.form), new(httptest.ResponseRecorder)
 				b.ReportAllocs()
 				for b.Loop() {
 					r := *request
 					r.Form, r.PostForm, r.Body = nil, nil, io.NopCloser(strings.NewReader(route.form))
-					app.ServeHTTP(httptest.NewRecorder(), &r)
+					app.ServeHTTP(writer, &r) // the writer keeps no body
 				}
 				perOp := float64(b.Elapsed()) / float64(b.N)
 				if i == 0 {
