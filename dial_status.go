@@ -338,7 +338,7 @@ func dialXML(cfg config, baseURL string) string {
 		SetCallbackMethod(http.MethodPost).
 		SetContents(destinations)
 	if cfg.callerID != "" {
-		dial = dial.SetCallerID(cfg.callerID)
+		dial = dial.SetCallerID(cfg.callerID) // setters return a copy
 	}
 	if cfg.dialTimeout > 0 {
 		dial = dial.SetTimeout(cfg.dialTimeout)
