@@ -98,7 +98,7 @@ func run() error {
 	case err := <-failed:
 		return err
 	case <-signals:
-		signal.Stop(signals) // another signal ends the process at once
+		go func() { <-signals; os.Exit(1) }() // another signal ends the process at once
 	}
 
 	// Shutdown closes idle connections, and a request that was just sent on one
