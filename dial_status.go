@@ -1,12 +1,24 @@
 // Dialstatus reports what became of every call that Plivo forwards. It is
-// Plivo's guide "Dial Status Reporting Using Go", made fit for real calls:
+// Plivo's guide "Dial Status Reporting Using Go", made fit for real calls.
+// While a phone call goes on, Plivo posts forms to two URLs of this server:
 //
-//	POST /dialstatus/         the answer URL: a call gets the XML that dials;
-//	                          its called legs and its end are reported, too
-//	POST /dialstatus/action/  the <Dial>'s action URL: what became of it is
-//	                          reported, and the call gets the XML that follows
+//	POST /dialstatus/         The answer URL: Plivo asks what to do with a
+//	                          new call. The answer is XML with a <Dial>,
+//	                          which makes one or more phones ring. The same
+//	                          URL is the callback URL of the <Dial> (Plivo
+//	                          tells what each phone does) and the hangup URL
+//	                          (Plivo tells that the call is over).
+//	POST /dialstatus/action/  The action URL of the <Dial>: Plivo tells how
+//	                          the <Dial> has ended. The answer is the XML
+//	                          that Plivo runs next.
 //
-// Titles in quotes below are pages of Plivo's documentation.
+// The A leg is the connection between the caller and Plivo. A B leg is the
+// connection between Plivo and one phone that rings. PHLO is Plivo's visual
+// editor for call flows, and can post to the action URL, too. A nonce is a text
+// that Plivo makes up for one request and signs together with it.
+//
+// A title in quotes, such as "Dial XML", is the title of a page of Plivo's
+// documentation, https://www.plivo.com/docs/.
 package main
 
 import (
@@ -36,27 +48,21 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/go-martini/martini"
 	"github.com/plivo/plivo-go/v7/xml"
-)
-
-const (
-	maxBody       = 16 << 10       // bytes of a body; Plivo sends less than 1 KiB
-	maxValue      = 256            // bytes of a value in the log, and of a reason
-	maxRejections = 20             // logged in a second
-	exampleNumber = "+12025550123" // reserved for fiction: nobody answers it
-	formType      = "application/x-www-form-urlencoded"
 )
 
 func main() {
 	flag.Usage = func() {
 		fmt.Fprintln(os.Stderr, "dialstatus takes no arguments. These variables configure it:")
 		for _, v := range variables {
-			fmt.Fprintf(os.Stderr, "\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.want)
+			fmt.Fprintf(os.Stderr, "\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.meaning)
 		}
 	}
-	flag.CommandLine.SetOutput(io.Discard) // flag shows a wrong argument, perhaps a secret
+	// Package flag would print a wrong argument, which may be a secret.
+	flag.CommandLine.SetOutput(io.Discard)
 	flag.Parse()
 	if flag.NArg() > 0 {
 		flag.Usage()
@@ -68,120 +74,172 @@ func main() {
 	}
 }
 
-// run serves until SIGTERM or SIGINT, and then lets requests finish, for four
-// seconds at most. Its error says why the server could not start or go on.
+// run serves requests until the process gets SIGTERM or SIGINT. The error says
+// why the server could not start or could not go on.
 func run() error {
-	signal.Ignore(syscall.SIGPIPE) // writing to a closed stdout is an error, not the end
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	// The first signal ends this context. Further signals change nothing, because
+	// some supervisors send two. If anything hangs, such as a write to the log,
+	// the process ends with status 1 four seconds after the first signal.
+	signalled, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	context.AfterFunc(signalled, func() { time.Sleep(4 * time.Second); os.Exit(1) })
+	// By default, a write to a closed stdout ends a Go program. Without the
+	// signal, the write fails, and logWriter writes the record to stderr.
+	signal.Ignore(syscall.SIGPIPE)
 	cfg, err := configure(os.Getenv)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", cfg.address)
+	listener, err := listen(cfg.address)
 	if err != nil {
-		return fmt.Errorf("HOST and PORT: %w", err)
+		return fmt.Errorf("HOST and PORT, or the socket of systemd: %w", err)
 	}
-	log := slog.New(slog.NewJSONHandler(&logWriter{stdout: os.Stdout, stderr: os.Stderr}, nil))
-	log.Info("listening", "address", listener.Addr().String())
+	a := newApp(cfg, &logWriter{stdout: os.Stdout, stderr: os.Stderr})
+	a.log.Info("listening", "address", listener.Addr().String())
 	if cfg.dialTo == exampleNumber {
-		log.Warn("DIAL_TO is not set, or is the example: nobody will answer")
+		a.log.Warn("DIAL_TO is not set, or is the example number: no real number will be dialled")
 	}
 	if cfg.authToken == "" {
-		log.Warn("PLIVO_AUTH_TOKEN is not set: anyone is answered, with PHLO_BASIC_AUTH or without")
+		a.log.Warn("PLIVO_AUTH_TOKEN is not set: every request is accepted. " +
+			"PHLO_BASIC_AUTH alone protects nothing")
 	}
-	app := newApp(cfg, log)
-	server := newServer(app)
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
+	server := newServer(a)
+	serveErr := make(chan error, 1)
+	go func() { serveErr <- server.Serve(listener) }()
 	select {
-	case err := <-failed:
+	case err := <-serveErr:
 		return err
-	case <-signals:
-		go func() { <-signals; os.Exit(1) }() // another signal ends the process at once
+	case <-signalled.Done():
+		a.stop(server, listener)
+		return nil
 	}
-
-	// Shutdown closes idle connections, and a request that was just sent on one
-	// gets no answer. So, for a second, answers ask clients to close theirs.
-	app.stopping.Store(true)
-	time.Sleep(time.Second)
-	listener.Close()
-	time.Sleep(300 * time.Millisecond) // for requests on connections just accepted
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	server.Shutdown(ctx) // what is unfinished then ends with the process
-	return nil
 }
 
-// newServer returns the app's server with its limits.
+// listen returns the socket that systemd holds for this process, if there is
+// one (see the manual page sd_listen_fds), or a new socket at the address. In
+// the socket of systemd, connections wait while the process restarts.
+func listen(address string) (net.Listener, error) {
+	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+		return net.FileListener(os.NewFile(3, "socket of systemd"))
+	}
+	return net.Listen("tcp", address)
+}
+
+// newServer returns the HTTP server of the app, with limits for its clients.
 func newServer(a *app) *http.Server {
 	return &http.Server{
 		Handler:           a,
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelError),
-		MaxHeaderBytes:    12 << 10, // net/http adds 4 KiB: 16 in all
+		MaxHeaderBytes:    12 << 10, // net/http allows 4 KiB more: 16 KiB in all
 		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,  // header and body
-		WriteTimeout:      15 * time.Second,  // longer, so that a slow body gets its 400
-		IdleTimeout:       620 * time.Second, // longer than Google's load balancer's 600 s
+		ReadTimeout:       10 * time.Second,  // for header and body together
+		WriteTimeout:      15 * time.Second,  // leaves time to answer 400 to a slow body
+		IdleTimeout:       620 * time.Second, // longer than the 600 s of Google's load balancer
 	}
 }
 
-// config is what the environment says, checked.
-type config struct {
-	address     string // where to listen, host:port
-	dialTo      string // E.164 numbers and SIP URIs, separated by commas
-	callerID    string // the number that the called party sees
-	dialTimeout int    // seconds to let it ring
-	publicURL   string // the URL by which Plivo reaches this server, up to /dialstatus/
-	authToken   string // the key with which Plivo signs
-	basicAuth   string // user:password of PHLO's HTTP Request node
+// stop ends the server after the requests that have begun. It returns after 1.3
+// to 3.3 seconds, or never if the log hangs.
+func (a *app) stop(server *http.Server, listener net.Listener) {
+	// Shutdown closes idle connections. A client that sends a request at that
+	// moment gets no answer. So for one second the server goes on, and each
+	// answer tells the client to close the connection.
+	a.stopping.Store(true)
+	a.log.Info("stopping")
+	time.Sleep(time.Second)
+
+	// Once Shutdown has begun, net/http drops a request on a new connection. So
+	// first no more connections are accepted, and those that were just accepted
+	// get 300 ms to send a request.
+	listener.Close()
+	time.Sleep(300 * time.Millisecond)
+
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		a.log.Warn("some connections are cut off: their requests were not finished", "cause", err)
+	}
 }
 
-// variables lists the environment variables, and what each must be.
+// config is the checked content of the environment.
+type config struct {
+	address        string // where to listen, as host:port; without a host: everywhere
+	dialTo         string // E.164 numbers and SIP URIs, separated by commas
+	callerID       string // what the called phone shows; "": the caller's number
+	dialTimeout    int    // for how many seconds phones ring; 0: Plivo decides
+	publicURL      string // the part of our URLs before /dialstatus/; "": see baseURL
+	callbackConfig string // the fragment of the URLs in the <Dial>; "": none
+	authToken      string // the key of Plivo's signatures; "": signatures are not checked
+	basicAuth      string // the login of PHLO, as user:password; "": none
+}
+
+// variables describes the environment variables. A new variable needs a row
+// here, a field in config, and a line at the end of configure.
 var variables = []struct {
-	name, byDefault  string
-	required, secret bool // required: in production
-	isValid          func(value string) bool
-	want             string
+	name, byDefault string
+	required        bool // the server does not start in production without it
+	secret          bool // the value is never shown
+	isValid         func(value string) bool
+	meaning         string // what the value must be
 }{
 	{name: "DIAL_TO", byDefault: exampleNumber, required: true,
 		isValid: matches(dialable + `(,` + dialable + `)*`),
-		want:    "E.164 numbers, country code first, and sip: URIs, separated by commas"},
-	{name: "CALLER_ID", isValid: matches(number), want: "an E.164 number of your account"},
-	{name: "DIAL_TIMEOUT", isValid: matches(`[1-9][0-9]{0,8}`), want: "seconds, at least 1"},
+		meaning: "E.164 numbers (country code first) and sip: URIs to dial, separated by commas"},
+	{name: "CALLER_ID", isValid: matches(phoneNumber),
+		meaning: "the number that the called phone shows, an E.164 number of your Plivo account"},
+	{name: "DIAL_TIMEOUT", isValid: matches(`[1-9][0-9]{0,8}`), // fits in every int
+		meaning: "the time for which phones ring, in whole seconds, at least 1"},
 	{name: "PUBLIC_URL", required: true, isValid: isBaseURL,
-		want: "the http or https URL by which Plivo calls this server, up to /dialstatus/"},
-	{name: "HOST", isValid: matches(`\S+`), want: "a name or an address to listen on"},
-	{name: "PORT", byDefault: "8080", isValid: matches(`[0-9]+`), want: "a port number"},
+		meaning: "the http or https URL at which Plivo reaches this server, without /dialstatus/"},
+	{name: "CALLBACK_CONFIG", isValid: matches(`#?` + setting + `(&` + setting + `)*`),
+		meaning: "rules by which Plivo repeats a report that failed, such as rc=3&rp=5xx,ct,rt"},
+	{name: "HOST", isValid: matches(`[^\s\[\]]+|\[[^\s\[\]]+\]`),
+		meaning: "the name or IP address at which the server listens, without a port"},
+	{name: "PORT", byDefault: "8080", isValid: matches(`[0-9]+`),
+		meaning: "the number of the port at which the server listens, or 0 for any free port"},
 	{name: "PLIVO_AUTH_TOKEN", required: true, secret: true, isValid: matches(`[^\s"']+`),
-		want: "the auth token as the console shows it, without quotes or white space"},
-	{name: "PHLO_BASIC_AUTH", secret: true, isValid: matches(userPass),
-		want: "user:password, without quotes or white space around it"},
-	{name: "MARTINI_ENV", byDefault: martini.Dev,
-		isValid: matches(`development|test|production`), want: "development, test or production"},
+		meaning: "the auth token with which Plivo signs requests, without quotes or white space"},
+	{name: "PHLO_BASIC_AUTH", secret: true, isValid: isLogin,
+		meaning: "user:password that PHLO sends instead of a signature, without quotes around it"},
+	{name: "MARTINI_ENV", byDefault: martini.Dev, isValid: matches(`development|test|production`),
+		meaning: "development, test or production (needs DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN)"},
 }
 
 const (
-	number   = `\+?[1-9][0-9]{6,14}` // E.164
-	sipPart  = `[!#-+\--;=?A-~]+`    // printable ASCII, which XML can hold, but for space " , < > @
-	dialable = `\s*(` + number + `|sip:` + sipPart + `@` + sipPart + `)\s*`
-	userPass = `[^:"' [:cntrl:]][^:[:cntrl:]]*:[^[:cntrl:]]*[^"' [:cntrl:]]`
-	httpURL  = `https?://([A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?`
+	exampleNumber = "+12025550123" // reserved for fiction: nobody has it
+
+	phoneNumber = `\+?[1-9][0-9]{6,14}` // an E.164 number, with or without its +
+	dialable    = `\s*(` + phoneNumber + `|sip:` + sipPart + `@` + sipPart + `)\s*`
+	// ASCII, except control characters, the space, and the five: " , < > @
+	sipPart = `[^[:^ascii:][:cntrl:] ",<>@]+`
+	httpURL = `https?://(` + urlHost + `)(:[0-9]+)?(/[\w.~%/-]*)?`
+	urlHost = `[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]` // a name, IPv4, or [IPv6]
+	setting = `[a-z_]+=[A-Za-z0-9_,]+`                // a part of CALLBACK_CONFIG
 )
 
-// matches returns a function that reports whether all of a text matches.
+// matches returns a function that reports whether a whole text has the pattern.
 func matches(pattern string) func(text string) bool {
 	return regexp.MustCompile(`^(` + pattern + `)$`).MatchString
 }
 
-// isBaseURL reports whether a text is a URL to which the routes can be added.
+var isHTTPURL = matches(httpURL)
+
+// isBaseURL reports whether a text is a URL to which /dialstatus/ can be added.
 func isBaseURL(text string) bool {
 	u, err := url.Parse(text)
-	return err == nil && matches(httpURL)(text) && !strings.Contains(u.Path+"/", "/dialstatus/")
+	return err == nil && isHTTPURL(text) && !strings.Contains(u.Path+"/", "/dialstatus/")
 }
 
-// configure reads and checks the environment. Its error has a line for every
-// problem, with the value unless that may hold a password.
+// isLogin reports whether a text is user:password, both not empty, without
+// control characters, and without quotes or spaces around the text.
+func isLogin(text string) bool {
+	user, password, _ := strings.Cut(text, ":")
+	return user != "" && password != "" && strings.Trim(text, ` "'`) == text &&
+		!strings.ContainsFunc(text, unicode.IsControl)
+}
+
+// configure reads and checks the environment. The error has one line for each
+// problem. A line shows the value that was refused, unless the variable holds a
+// secret or the value has an @, as in user:password@host.
 func configure(getenv func(string) string) (config, error) {
 	values := make(map[string]string)
 	var errs []error
@@ -195,75 +253,71 @@ func configure(getenv func(string) string) (config, error) {
 			if v.secret || strings.Contains(value, "@") {
 				value = "(not shown)"
 			}
-			errs = append(errs, fmt.Errorf("%s %q: want %s", v.name, value, v.want))
+			errs = append(errs, fmt.Errorf("%s %q: it must be %s", v.name, value, v.meaning))
 		}
 	}
-	dialTimeout, _ := strconv.Atoi(values["DIAL_TIMEOUT"]) // 0 where it is not set
+	dialTimeout, _ := strconv.Atoi(values["DIAL_TIMEOUT"]) // 0 if it is not set
 	return config{
-		address:     net.JoinHostPort(strings.Trim(values["HOST"], "[]"), values["PORT"]),
-		dialTo:      values["DIAL_TO"],
-		callerID:    values["CALLER_ID"],
-		dialTimeout: dialTimeout,
-		publicURL:   strings.TrimRight(values["PUBLIC_URL"], "/"),
-		authToken:   values["PLIVO_AUTH_TOKEN"],
-		basicAuth:   values["PHLO_BASIC_AUTH"],
+		address:        net.JoinHostPort(strings.Trim(values["HOST"], "[]"), values["PORT"]),
+		dialTo:         values["DIAL_TO"],
+		callerID:       values["CALLER_ID"],
+		dialTimeout:    dialTimeout,
+		publicURL:      strings.TrimRight(values["PUBLIC_URL"], "/"),
+		callbackConfig: strings.TrimPrefix(values["CALLBACK_CONFIG"], "#"),
+		authToken:      values["PLIVO_AUTH_TOKEN"],
+		basicAuth:      values["PHLO_BASIC_AUTH"],
 	}, errors.Join(errs...)
 }
 
-// An app answers Plivo's requests and reports what they say.
+// An app answers the requests of Plivo, and logs what they report.
 type app struct {
 	config
-	log      *slog.Logger
-	handler  http.Handler // Martini, with the routes
-	callXML  string       // the answer to a call; used if PUBLIC_URL is set
-	stopping atomic.Bool  // whether the server is about to end
+	output   *logWriter
+	log      *slog.Logger // writes to output
+	routes   martini.Router
+	martini  *martini.Martini // calls the routes
+	callXML  string           // the answer to a new call, if PUBLIC_URL is set
+	stopping atomic.Bool      // whether the process has been told to stop
 
-	mu         sync.Mutex // guards the two below
-	rejectedAt int64      // Unix time of the last rejection
-	rejections int        // in that second
+	mu             sync.Mutex // guards the two fields below
+	lastRejection  int64      // when it was, as Unix time in seconds
+	rejectionCount int        // how many there were in that second
 }
 
-// newApp returns the app. Martini serves a path with a slash at its end, too.
-func newApp(cfg config, log *slog.Logger) *app {
-	a := &app{config: cfg, log: log, callXML: dialXML(cfg, cfg.publicURL)}
-	routes := martini.NewRouter()
-	routes.Post("/dialstatus", a.checked(a.answer))
-	routes.Post("/dialstatus/action", a.checked(a.action))
-	routes.Get("/", func() string { return "dialstatus runs, and takes calls at /dialstatus/\n" })
-	routes.NotFound(func(w http.ResponseWriter, r *http.Request) {
-		status := http.StatusNotFound
-		if allowed := routes.MethodsFor(r.URL.Path); len(allowed) > 0 {
-			status = http.StatusMethodNotAllowed
-			w.Header().Set("Allow", strings.Join(allowed, ", "))
-		}
-		a.reject(w, r, status, "dialstatus runs, but takes no "+r.Method+" here: "+
-			"send POST to /dialstatus/ or /dialstatus/action/, "+
-			"such as curl -d CallStatus=ringing "+a.baseURL(r)+"/dialstatus/")
-	})
-	m := martini.New()
-	m.Action(routes.Handle)
-	a.handler = m
+// newApp returns the app with its routes. A new route needs a line here and a
+// method. Martini serves a path with and without a slash at its end.
+func newApp(cfg config, output *logWriter) *app {
+	a := &app{config: cfg, output: output, routes: martini.NewRouter(), martini: martini.New()}
+	a.log = slog.New(slog.NewJSONHandler(output, nil))
+	a.callXML = dialXML(cfg, cfg.publicURL)
+	a.routes.Post("/dialstatus", a.checked(a.handleAnswer))
+	a.routes.Post("/dialstatus/action", a.checked(a.handleAction))
+	a.routes.Get("/", a.handleProbe)
+	a.routes.NotFound(a.handleNotFound)
+	a.martini.Action(a.routes.Handle)
 	return a
 }
 
-// ServeHTTP answers, and ends the connection if the server is about to end.
+// ServeHTTP answers every request. While the server stops, each answer tells
+// the client to close the connection.
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.stopping.Load() {
 		w.Header().Set("Connection", "close")
 	}
-	a.handler.ServeHTTP(w, r)
+	a.martini.ServeHTTP(w, r)
 }
 
-// answer serves the answer URL: a call gets the <Dial>. What its called legs do
-// ("Dial XML") and its end ("Application API") are reported here, too.
-func (a *app) answer(w http.ResponseWriter, r *http.Request) {
+// handleAnswer serves the answer URL. A new call gets the <Dial>. The same URL
+// is told what a B leg does ("Dial XML") and that a call is over ("Application
+// API"); Plivo does not use the XML that answers these two.
+func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	document := emptyXML
 	switch {
 	case r.FormValue("DialAction") != "":
 		a.report(r, slog.LevelInfo, "leg", "DialAction", "DialALegUUID", "DialBLegUUID",
 			"DialBLegTo", "DialBLegStatus", "DialBLegDuration", "DialBLegHangupCause",
 			"DialBLegHangupCauseName", "DialBLegHangupSource", "CallUUID")
-	case r.FormValue("Event") == "Hangup" || callIsOver[r.FormValue("CallStatus")]:
+	case r.FormValue("Event") == "Hangup" || finalCallStatuses[r.FormValue("CallStatus")]:
 		a.report(r, slog.LevelInfo, "hangup", "CallUUID", "From", "To", "Direction",
 			"CallStatus", "HangupCause", "HangupCauseName", "HangupSource", "Duration")
 	default:
@@ -277,68 +331,94 @@ func (a *app) answer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// action serves the action URL: what became of the <Dial> is reported, and
-// decides what follows ("Dial XML").
-func (a *app) action(w http.ResponseWriter, r *http.Request) {
+// handleAction serves the action URL: it reports how the <Dial> has ended, and
+// answers with the XML that Plivo runs next ("Dial XML").
+func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	status := r.FormValue("DialStatus")
 	if status == "" {
-		a.reject(w, r, http.StatusBadRequest, "no DialStatus: send the form that Plivo posts here")
+		a.reject(w, r, http.StatusBadRequest, "DialStatus is missing: send the form that Plivo posts")
 		return
 	}
 	level := slog.LevelInfo
-	followUp, known := followUps[status]
-	if !known {
-		level, followUp = slog.LevelWarn, farewell("The call has ended.")
+	document, isKnown := documentAfter[status]
+	if !isKnown {
+		level = slog.LevelWarn
+		document = farewellXML("The call has ended.")
 	}
 	a.report(r, level, "dial", "DialStatus", "DialALegUUID", "DialBLegUUID",
 		"DialRingStatus", "DialHangupCause", "CallUUID", "From", "To")
 	w.Header().Set("Content-Type", "application/xml")
-	io.WriteString(w, followUp)
+	io.WriteString(w, document)
+}
+
+// handleProbe answers a client that asks whether the server works. The server
+// does not work while the log hangs, because each request is reported before it
+// is answered. Martini writes the status and the text that are returned here.
+func (a *app) handleProbe() (int, string) {
+	if a.output.isStuck() {
+		return http.StatusServiceUnavailable, "the log accepts no records\n"
+	}
+	return http.StatusOK, "dialstatus is running: the answer URL is /dialstatus/\n"
+}
+
+// handleNotFound serves what no route serves: another path (404), or another
+// method at a path that has a route (405).
+func (a *app) handleNotFound(w http.ResponseWriter, r *http.Request) {
+	status := http.StatusNotFound
+	if methods := a.routes.MethodsFor(r.URL.Path); len(methods) > 0 {
+		status = http.StatusMethodNotAllowed
+		w.Header().Set("Allow", strings.Join(methods, ", "))
+	}
+	a.reject(w, r, status, "this path does not serve "+r.Method+": send POST to /dialstatus/ or "+
+		"/dialstatus/action/, such as: curl -d CallStatus=ringing "+a.baseURL(r)+"/dialstatus/")
 }
 
 var (
-	// callIsOver has each CallStatus of a call that has ended.
-	callIsOver = map[string]bool{"completed": true, "busy": true, "failed": true,
+	// finalCallStatuses has each CallStatus that says that a call is over.
+	finalCallStatuses = map[string]bool{"completed": true, "busy": true, "failed": true,
 		"timeout": true, "no-answer": true, "cancel": true}
 
-	// followUps has the document that follows each DialStatus.
-	followUps = map[string]string{
+	// documentAfter has the XML that follows a <Dial>, for each DialStatus.
+	documentAfter = map[string]string{
 		"completed": responseXML(new(xml.HangupElement)),
 		"cancel":    responseXML(new(xml.HangupElement)),
-		"busy":      farewell("The line is busy. Please try again later."),
-		"no-answer": farewell("Nobody answered. Please try again later."),
-		"timeout":   farewell("The call could not be connected in time. Please try again later."),
-		"failed":    farewell("The call could not be connected."),
+		"busy":      farewellXML("The line is busy. Please try again later."),
+		"no-answer": farewellXML("Nobody answered. Please try again later."),
+		"timeout":   farewellXML("The call could not be connected in time. Please try again later."),
+		"failed":    farewellXML("The call could not be connected."),
 	}
 	emptyXML = responseXML()
 )
 
-// farewell returns the XML that says a sentence and hangs up.
-func farewell(sentence string) string {
+// farewellXML returns a document that says a sentence and hangs up.
+func farewellXML(sentence string) string {
 	return responseXML(new(xml.SpeakElement).AddSpeak(sentence), new(xml.HangupElement))
 }
 
-// dialXML returns the XML for a call, its URLs fully qualified ("Dial XML").
+// dialXML returns the document for a new call. Plivo requires that the URLs in
+// it are fully qualified ("Dial XML"), so they begin with the base URL.
 func dialXML(cfg config, baseURL string) string {
-	var destinations []any
-	for destination := range strings.SplitSeq(cfg.dialTo, ",") {
-		// plivo-go escapes attributes and <Speak>, not <Number> and <User>.
-		destination = html.EscapeString(strings.TrimSpace(destination))
-		if strings.HasPrefix(destination, "sip:") {
-			destinations = append(destinations, new(xml.UserElement).SetContents(destination))
+	var phones []any
+	for phone := range strings.SplitSeq(cfg.dialTo, ",") {
+		// plivo-go escapes attributes, but not the text of <Number> and <User>.
+		phone = html.EscapeString(strings.TrimSpace(phone))
+		if strings.HasPrefix(phone, "sip:") {
+			phones = append(phones, new(xml.UserElement).SetContents(phone))
 		} else {
-			destinations = append(destinations, new(xml.NumberElement).SetContents(destination))
+			phones = append(phones, new(xml.NumberElement).SetContents(phone))
 		}
 	}
+	// The fragment is # and CALLBACK_CONFIG, or empty if that is not set.
+	fragment := (&url.URL{Fragment: cfg.callbackConfig}).String()
 	dial := new(xml.DialElement).
-		SetAction(baseURL + "/dialstatus/action/").
+		SetAction(baseURL + "/dialstatus/action/" + fragment).
 		SetMethod(http.MethodPost).
 		SetRedirect(true).
-		SetCallbackUrl(baseURL + "/dialstatus/").
+		SetCallbackUrl(baseURL + "/dialstatus/" + fragment).
 		SetCallbackMethod(http.MethodPost).
-		SetContents(destinations)
+		SetContents(phones)
 	if cfg.callerID != "" {
-		dial = dial.SetCallerID(cfg.callerID) // setters return a copy
+		dial = dial.SetCallerID(cfg.callerID) // a setter returns a changed copy
 	}
 	if cfg.dialTimeout > 0 {
 		dial = dial.SetTimeout(cfg.dialTimeout)
@@ -351,75 +431,112 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that rejects a request or calls next, with the form
-// in r.PostForm, and query and form in r.Form. r.ParseForm is not used: it is
-// slower, and treats a body of another type as an empty form.
+// checked returns a handler that reads the form of a request, checks that the
+// sender is allowed to send it, and then calls the next handler.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
-		mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-		form, formErr := url.ParseQuery(string(body))
-		query, queryErr := url.ParseQuery(r.URL.RawQuery)
-		r.Form, r.PostForm = form, form
-		if len(query) > 0 {
-			maps.Copy(query, form) // if a field is in both, the body's counts
-			r.Form = query
+		if status, reason := readForm(r); status != http.StatusOK {
+			a.reject(w, r, status, reason)
+			return
 		}
-		switch {
-		case len(body) > maxBody:
-			a.reject(w, r, http.StatusRequestEntityTooLarge,
-				fmt.Sprintf("the body is too long: send %d bytes at most", maxBody))
-		case err != nil:
-			a.reject(w, r, http.StatusBadRequest, "the body broke off: send all of it, at once")
-		case len(body) > 0 && !strings.EqualFold(strings.TrimSpace(mediaType), formType):
-			a.reject(w, r, http.StatusUnsupportedMediaType, "this is not a form: send "+formType)
-		case formErr != nil || queryErr != nil:
-			a.reject(w, r, http.StatusBadRequest, "this does not decode: send %25 for %, %3B for ;")
-		case !a.authorized(r):
-			a.reject(w, r, http.StatusForbidden,
-				"forbidden: Plivo has not signed this. If it called another URL, set PUBLIC_URL; "+
-					"if not, PLIVO_AUTH_TOKEN is not that of the number's account")
-		default:
-			next(w, r)
+		if !a.isAuthorized(r) {
+			a.reject(w, r, http.StatusForbidden, "the request has no valid signature or login. "+
+				"Check that PUBLIC_URL is the URL that Plivo calls, and that PLIVO_AUTH_TOKEN "+
+				"is the auth token of the account that owns the phone number")
+			return
 		}
+		next(w, r)
 	}
 }
 
-// authorized reports whether to serve a request: Plivo or PHLO sent it, or no
-// token is set. An empty basicAuth equals no login, as a login has a colon.
-func (a *app) authorized(r *http.Request) bool {
-	user, password, _ := r.BasicAuth()
-	isPHLO := hmac.Equal([]byte(user+":"+password), []byte(a.basicAuth))
-	return a.authToken == "" || isPHLO || a.isSigned(r)
+// readForm puts the fields of the body into r.PostForm, and the fields of body
+// and query into r.Form. If it can't, it returns the status and the reason to
+// reject the request with; otherwise the status is 200. Request.ParseForm does
+// the same, but is slower, and ignores a body that is not a form.
+func readForm(r *http.Request) (status int, reason string) {
+	const maxBody = 16 << 10 // bytes; Plivo sends less than 2 KiB
+	const formType = "application/x-www-form-urlencoded"
+	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	if len(body) > maxBody {
+		return http.StatusRequestEntityTooLarge,
+			fmt.Sprintf("the body is too long: send %d bytes or less", maxBody)
+	}
+	if err != nil {
+		return http.StatusBadRequest, "the body was cut off or came too slowly: send it at once"
+	}
+	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	if len(body) > 0 && !strings.EqualFold(strings.TrimSpace(mediaType), formType) {
+		return http.StatusUnsupportedMediaType, "the body is not a form: send it as " + formType
+	}
+	form, formErr := url.ParseQuery(string(body))
+	query, queryErr := url.ParseQuery(r.URL.RawQuery)
+	if formErr != nil || queryErr != nil {
+		return http.StatusBadRequest,
+			"the form or the query is not URL-encoded: write % as %25, and ; as %3B"
+	}
+	r.PostForm, r.Form = form, form
+	if len(query) > 0 {
+		maps.Copy(query, form) // a name that is in both has the values of the body
+		r.Form = query
+	}
+	return http.StatusOK, ""
 }
 
-// isSigned reports whether the auth token made one of the V3 signatures
-// ("Signature Validation"). plivo-go's check ignores parts of some requests.
+// isAuthorized reports whether a request may be served.
+func (a *app) isAuthorized(r *http.Request) bool {
+	if a.authToken == "" {
+		return true
+	}
+	user, password, _ := r.BasicAuth()
+	if a.basicAuth != "" && hmac.Equal([]byte(user+":"+password), []byte(a.basicAuth)) {
+		return true
+	}
+	return a.isSigned(r)
+}
+
+// isSigned reports whether a signature V3 of the request was made with the auth
+// token ("Signature Validation"). The headers may be repeated, and each may
+// have a list of signatures: one that is right is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		return false // with a dot, the end of a captured form could be in it
+		// The nonce is signed after the form and a dot. With a dot in the nonce,
+		// an attacker could move the last fields of a captured form into it.
+		return false
 	}
-	mac := hmac.New(sha256.New, []byte(a.authToken))
-	mac.Write(signedText(r, a.baseURL(r), nonce))
-	want := base64.StdEncoding.EncodeToString(mac.Sum(nil))
-	headers := slices.Concat( // each may be repeated, or hold a list
-		r.Header.Values("X-Plivo-Signature-V3"), r.Header.Values("X-Plivo-Signature-Ma-V3"))
-	for signature := range strings.SplitSeq(strings.Join(headers, ","), ",") {
-		if hmac.Equal([]byte(strings.TrimSpace(signature)), []byte(want)) {
-			return true
+	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
+	signature := []byte(sign(a.authToken, text))
+	for _, header := range slices.Concat(
+		r.Header.Values("X-Plivo-Signature-V3"), r.Header.Values("X-Plivo-Signature-Ma-V3")) {
+		for sent := range strings.SplitSeq(header, ",") {
+			if hmac.Equal([]byte(strings.TrimSpace(sent)), signature) {
+				return true
+			}
 		}
 	}
 	return false
 }
 
-// signedText returns what Plivo signs of a POST ("Signature Validation"): the
-// URL as it was called, query and form decoded and sorted, and the nonce.
-func signedText(r *http.Request, baseURL, nonce string) []byte {
-	query, form := r.URL.Query(), r.PostForm
+// sign returns the signature V3 of a text: HMAC-SHA256, in base64.
+func sign(authToken string, text []byte) string {
+	mac := hmac.New(sha256.New, []byte(authToken))
+	mac.Write(text)
+	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// signedText returns the text of which Plivo makes the signature V3 of a POST
+// ("Signature Validation"): the called URL without its query, the query, the
+// form and the nonce, such as
+//
+//	https://calls.example.com/dialstatus/?a=1&b=2.CallStatusringingTo12025550199.7019
+//
+// The query and the form are decoded, and sorted by name and value. plivo-go has
+// a function for this, but it leaves out parts of some requests: all but the
+// first value of a name in the query, and dots and & at the end of form or query.
+func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 1024)) // enough for what Plivo sends
-	text.WriteString(baseURL + r.URL.EscapedPath())
-	if len(query)+len(form) > 0 {
+	text.WriteString(calledURL)
+	if len(query) > 0 || len(form) > 0 {
 		text.WriteString("?")
 	}
 	writeSorted(text, query, "=", "&")
@@ -431,90 +548,126 @@ func signedText(r *http.Request, baseURL, nonce string) []byte {
 	return text.Bytes()
 }
 
-// writeSorted writes parameters sorted by name, and then by value.
-func writeSorted(text *bytes.Buffer, params url.Values, equals, ampersand string) {
-	pairs := make([][2]string, 0, len(params))
-	for name, values := range params {
-		for _, value := range values {
-			pairs = append(pairs, [2]string{name, value})
+// A parameter is a name and one of its values in a query or a form.
+type parameter struct{ name, value string }
+
+// writeSorted writes parameters, sorted by name and then by value, with one
+// separator between a name and its value and another one between parameters.
+func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue string) {
+	parameters := make([]parameter, 0, len(values))
+	for name, valuesOfName := range values {
+		for _, value := range valuesOfName {
+			parameters = append(parameters, parameter{name, value})
 		}
 	}
-	slices.SortFunc(pairs, func(a, b [2]string) int { return slices.Compare(a[:], b[:]) })
-	for i, pair := range pairs {
+	slices.SortFunc(parameters, func(a, b parameter) int {
+		return cmp.Or(strings.Compare(a.name, b.name), strings.Compare(a.value, b.value))
+	})
+	for i, p := range parameters {
 		if i > 0 {
-			text.WriteString(ampersand)
+			text.WriteString(afterValue)
 		}
-		text.WriteString(pair[0])
-		text.WriteString(equals)
-		text.WriteString(pair[1])
+		text.WriteString(p.name)
+		text.WriteString(afterName)
+		text.WriteString(p.value)
 	}
 }
 
-// baseURL returns the URL by which Plivo reached this server, up to the route:
-// PUBLIC_URL, else what the first proxy says, else what the request says.
+// baseURL returns the part before /dialstatus/ of the URL that Plivo called. It
+// is PUBLIC_URL, or what a proxy says in its headers, or what the request says;
+// without any host it is empty. The default port is removed from the host,
+// because Plivo signs the URL without it, but some proxies add it.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
 	}
-	proto, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",")
-	host, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Host"), ",")
-	host = cmp.Or(strings.TrimSpace(host), r.Host)
-	if strings.EqualFold(strings.TrimSpace(proto), "https") {
+	host := cmp.Or(firstEntry(r.Header.Get("X-Forwarded-Host")), r.Host)
+	if host == "" {
+		return ""
+	}
+	if strings.EqualFold(firstEntry(r.Header.Get("X-Forwarded-Proto")), "https") {
 		return "https://" + strings.TrimSuffix(host, ":443")
 	}
 	return "http://" + strings.TrimSuffix(host, ":80")
+}
+
+// firstEntry returns the first entry of a list. If a request came through
+// several proxies, this is the entry of the proxy that Plivo called.
+func firstEntry(list string) string {
+	entry, _, _ := strings.Cut(list, ",")
+	return strings.TrimSpace(entry)
 }
 
 // report logs one record with these fields of the form.
 func (a *app) report(r *http.Request, level slog.Level, record string, fields ...string) {
 	attributes := make([]slog.Attr, len(fields))
 	for i, field := range fields {
-		attributes[i] = slog.String(field, cut(r.FormValue(field)))
+		attributes[i] = slog.String(field, truncate(r.FormValue(field)))
 	}
 	a.log.LogAttrs(r.Context(), level, record, attributes...)
 }
 
-// reject answers why a request is not served, and logs it, up to maxRejections
-// in a second: a flood must not push reports out of the log.
+// reject answers a request with the reason why it is not served, and logs it.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
-	a.mu.Lock()
-	now := time.Now().Unix()
-	if a.rejectedAt != now {
-		a.rejectedAt, a.rejections = now, 0
+	if a.mayLogRejection() {
+		a.log.Warn("rejected", "HTTPStatus", status, "reason", truncate(reason),
+			"path", truncate(r.URL.Path), "calledURL", truncate(a.baseURL(r)+r.URL.RequestURI()),
+			"peer", r.RemoteAddr,
+			"X-Forwarded-For", truncate(strings.Join(r.Header.Values("X-Forwarded-For"), ", ")))
 	}
-	a.rejections++
-	logged := a.rejections <= maxRejections
-	a.mu.Unlock()
-	if logged {
-		a.log.Warn("rejected", "status", status, "reason", cut(reason), "path", cut(r.URL.Path),
-			"url", cut(a.baseURL(r)+r.URL.RequestURI()), "peer", r.RemoteAddr,
-			"X-Forwarded-For", cut(strings.Join(r.Header.Values("X-Forwarded-For"), ", ")))
-	}
-	http.Error(w, cut(reason), status)
+	http.Error(w, truncate(reason), status)
 }
 
-// cut returns the first maxValue bytes of a text.
-func cut(text string) string { return text[:min(len(text), maxValue)] }
+// mayLogRejection reports whether a rejection is one of the first 20 in this
+// second of the clock. Without this limit, an attacker could send so many bad
+// requests that the records of calls are hard to find, or the disk is full.
+func (a *app) mayLogRejection() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := time.Now().Unix()
+	if now != a.lastRejection {
+		a.lastRejection, a.rejectionCount = now, 0
+	}
+	a.rejectionCount++
+	return a.rejectionCount <= 20
+}
 
-// A logWriter writes records to stdout; what stdout does not take, to stderr.
+// truncate returns the first 256 bytes of a text. So a record with the ten
+// fields of a leg is shorter than 16 KiB, where Docker splits a line, even if
+// each byte is written as six characters, such as \u0001. An eleventh field
+// would need a smaller limit.
+func truncate(text string) string { return text[:min(len(text), 256)] }
+
+// A logWriter writes records to stdout, or to stderr if stdout fails. The JSON
+// handler of slog calls Write for one whole record, never two at the same time.
 type logWriter struct {
 	stdout, stderr io.Writer
-	torn           bool // stdout ends inside a record
+	isTorn         bool         // stdout ends with a part of a record
+	writingSince   atomic.Int64 // Unix time in milliseconds; 0: nothing is written now
 }
 
-// Write takes one whole record at a time. Its error is that of stderr.
+// Write writes a record. The error is the one of stderr, if both have failed.
 func (l *logWriter) Write(record []byte) (int, error) {
+	l.writingSince.Store(time.Now().UnixMilli())
+	defer l.writingSince.Store(0)
 	line := record
-	if l.torn {
+	if l.isTorn {
 		line = append([]byte("\n"), record...)
 	}
 	n, err := l.stdout.Write(line)
 	if n > 0 {
-		l.torn = line[n-1] != '\n'
+		l.isTorn = line[n-1] != '\n'
 	}
 	if err != nil {
 		slog.New(slog.NewJSONHandler(l.stderr, nil)).Error("stdout failed", "cause", err)
 		return l.stderr.Write(record)
 	}
 	return len(record), nil
+}
+
+// isStuck reports whether a record has been waiting for four seconds or more
+// for stdout or stderr to accept it, such as in a pipe that nobody reads.
+func (l *logWriter) isStuck() bool {
+	since := l.writingSince.Load()
+	return since != 0 && time.Since(time.UnixMilli(since)) >= 4*time.Second
 }

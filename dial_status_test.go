@@ -36,12 +36,10 @@ import (
 	plivoxml "github.com/plivo/plivo-go/v7/xml"
 )
 
-// Requests as Plivo sends them, modelled on captured traffic.
+// Forms that Plivo posts while a call goes on. The first and the last one are
+// modelled on captured requests, the others on Plivo's documentation.
 const (
-	aLeg = "38cb006a-e25d-4455-9862-27550dbea7e9"
-	bLeg = "c0a58e17-9d24-4f6b-8a13-72e5b4c9d806"
-
-	ringingCall = "BillRate=0.005&CallStatus=ringing&CallUUID=" + aLeg + "&CountryCode=US" +
+	newCall = "BillRate=0.005&CallStatus=ringing&CallUUID=" + aLeg + "&CountryCode=US" +
 		"&Direction=inbound&Event=StartApp&From=12025550123&ParentAuthID=MAXXXXXXXXXXXXXXXXXX" +
 		"&STIRVerification=Not+Applicable&SessionStart=2024-10-25+14%3A13%3A37.779297&To=12025550199"
 	endedLeg = "BillRate=0.005&CallStatus=in-progress&CallUUID=" + aLeg + "&DialALegUUID=" + aLeg +
@@ -53,16 +51,261 @@ const (
 	endedDial = "BillRate=0.005&CallStatus=in-progress&CallUUID=" + aLeg + "&DialALegUUID=" + aLeg +
 		"&DialBLegUUID=" + bLeg + "&DialHangupCause=NORMAL_CLEARING&DialRingStatus=true" +
 		"&DialStatus=completed&Direction=inbound&Event=Redirect&From=12025550123&To=12025550199"
-	endedCall = "AnswerTime=2024-10-25+14%3A13%3A41&BillDuration=60&BillRate=0.005" +
-		"&CallStatus=completed&CallUUID=" + aLeg + "&Direction=inbound&Duration=14" +
-		"&EndTime=2024-10-25+14%3A13%3A55&Event=Hangup&From=12025550123&HangupCause=NORMAL_CLEARING" +
-		"&HangupCauseCode=4000&HangupCauseName=Normal+Hangup&HangupSource=Caller" +
-		"&ParentAuthID=MAXXXXXXXXXXXXXXXXXX&SessionStart=2024-10-25+14%3A13%3A37.779297" +
-		"&StartTime=2024-10-25+14%3A13%3A37&To=12025550199"
+	endedCall = "BillDuration=60&BillRate=0.005&CallStatus=completed&CallUUID=" + aLeg +
+		"&Direction=inbound&Duration=14&EndTime=2024-10-25+14%3A13%3A55&Event=Hangup" +
+		"&From=12025550123&HangupCause=NORMAL_CLEARING&HangupCauseCode=4000" +
+		"&HangupCauseName=Normal+Hangup&HangupSource=Caller&To=12025550199"
+
+	aLeg = "38cb006a-e25d-4455-9862-27550dbea7e9"
+	bLeg = "c0a58e17-9d24-4f6b-8a13-72e5b4c9d806"
 )
 
-// keys are those of each record, in their order.
-var keys = map[string][]string{
+// The documents that the server answers with. Between the two parts of the
+// <Dial> element, plivo-go writes the time-out and the caller ID.
+const (
+	emptyDocument  = `<Response></Response>`
+	hangupDocument = `<Response><Hangup></Hangup></Response>`
+	dialDocument   = dialStart + dialEnd + `<Number>+12025550123</Number></Dial></Response>`
+
+	dialStart = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST"`
+	dialEnd   = ` callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
+)
+
+const action = "/dialstatus/action/"
+
+// The reasons that the server gives when it rejects a request.
+const (
+	bodyTooLong   = "the body is too long: send 16384 bytes or less"
+	bodyCutOff    = "the body was cut off or came too slowly: send it at once"
+	bodyNotForm   = "the body is not a form: send it as application/x-www-form-urlencoded"
+	notURLEncoded = "the form or the query is not URL-encoded: write % as %25, and ; as %3B"
+	noDialStatus  = "DialStatus is missing: send the form that Plivo posts"
+	notAuthorized = "the request has no valid signature or login. Check that PUBLIC_URL is the URL " +
+		"that Plivo calls, and that PLIVO_AUTH_TOKEN is the auth token of the account that owns " +
+		"the phone number"
+)
+
+const callRecord = `"level":"INFO","msg":"call"`
+
+func TestAnswerURL(t *testing.T) {
+	app := newTestApp(t)
+	for _, test := range []struct{ name, form, document, record string }{
+		{name: "a new call", form: newCall, document: dialDocument, record: "call"},
+		{name: "another event", form: "Event=DialHangup&CallStatus=in-progress", document: dialDocument,
+			record: "call"},
+		{name: "case matters", form: "Event=hangup&CallStatus=Completed", document: dialDocument,
+			record: "call"},
+		{name: "a B leg answers", form: replaceField(endedLeg, "DialAction", "answer"),
+			document: emptyDocument, record: "leg"},
+		{name: "a B leg ends", form: endedLeg, document: emptyDocument, record: "leg"},
+		{name: "DialAction decides before Event", form: "DialAction=x&Event=Hangup",
+			document: emptyDocument, record: "leg"},
+		{name: "Event decides before CallStatus", form: "DialAction=&Event=Hangup&CallStatus=x",
+			document: emptyDocument, record: "hangup"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			record := `"level":"INFO","msg":"` + test.record + `"`
+			app.checkXML(t, post("/dialstatus/", test.form), test.document, record)
+			app.checkXML(t, post("/dialstatus?"+test.form, ""), test.document, record)
+		})
+	}
+	for _, status := range []string{"completed", "busy", "failed", "timeout", "no-answer", "cancel"} {
+		t.Run("the call is over: "+status, func(t *testing.T) {
+			app.checkXML(t, post("/dialstatus/", "CallStatus="+status), emptyDocument,
+				`"level":"INFO","msg":"hangup"`)
+		})
+	}
+}
+
+func TestActionURL(t *testing.T) {
+	app := newTestApp(t)
+	for _, test := range []struct{ status, document, level string }{
+		{status: "completed", level: "INFO", document: hangupDocument},
+		{status: "cancel", level: "INFO", document: hangupDocument},
+		{status: "busy", level: "INFO", document: farewell("The line is busy. Please try again later.")},
+		{status: "no-answer", level: "INFO", document: farewell("Nobody answered. Please try again later.")},
+		{status: "timeout", level: "INFO",
+			document: farewell("The call could not be connected in time. Please try again later.")},
+		{status: "failed", level: "INFO", document: farewell("The call could not be connected.")},
+		{status: "Completed", level: "WARN", document: farewell("The call has ended.")},
+	} {
+		t.Run(test.status, func(t *testing.T) {
+			app.checkXML(t, post("/dialstatus/action", replaceField(endedDial, "DialStatus", test.status)),
+				test.document, `"level":"`+test.level+`","msg":"dial","DialStatus":"`+test.status+`"`)
+		})
+	}
+	t.Run("no DialStatus", func(t *testing.T) {
+		app.checkRejection(t, post("/dialstatus/action/", newCall), 400, noDialStatus)
+	})
+}
+
+// Plivo and PHLO may send the fields of a report in several ways. Each of these
+// requests says that a dial was completed.
+func TestFields(t *testing.T) {
+	app := newTestApp(t)
+	busyQuery := action + "?" + replaceField(endedDial, "DialStatus", "busy")
+	const contentType = "Content-Type: application/x-www-form-urlencoded"
+	for name, r := range map[string]*http.Request{
+		"a content type in capitals":    post(action, endedDial, strings.ToUpper(contentType)),
+		"a content type with a charset": post(action, endedDial, contentType+";charset=utf-8"),
+		"a content type with a space":   post(action, endedDial, contentType+" ; charset=utf-8"),
+		"a query":                       post(action+"?"+endedDial, "", "Content-Type: application/json"),
+		"a query, and a body that wins": post(busyQuery, "DialStatus=completed"),
+		"two values: the first wins":    post(action, endedDial+"&DialStatus=busy"),
+		"a chunked body":                chunked(post(action, endedDial)),
+		"the longest body":              post(action, endedDial+"&x="+aText(16<<10-len(endedDial)-3)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			app.checkXML(t, r, hangupDocument, `"level":"INFO","msg":"dial","DialStatus":"completed"`)
+		})
+	}
+}
+
+func TestDialDocument(t *testing.T) {
+	for _, test := range []struct {
+		name               string
+		variables          []string
+		attributes, phones string // of the <Dial>
+	}{
+		{name: "number without +", variables: []string{"DIAL_TO=9902555"},
+			phones: "<Number>9902555</Number>"},
+		{name: "longest number", variables: []string{"DIAL_TO=+120255501234567"},
+			phones: "<Number>+120255501234567</Number>"},
+		{name: "several phones", variables: []string{"DIAL_TO=+12025550101,\t sip:a.b@h ,12025550102\n"},
+			phones: "<Number>+12025550101</Number><User>sip:a.b@h</User><Number>12025550102</Number>"},
+		{name: "all characters of a SIP URI",
+			variables: []string{"DIAL_TO=sip:!a'#$%&*()/+-.:;=?AZ[\\]^_`{|}~@[::1];a=1&b"},
+			phones:    "<User>sip:!a&#39;#$%&amp;*()/+-.:;=?AZ[\\]^_`{|}~@[::1];a=1&amp;b</User>"},
+		{name: "attributes", variables: []string{"CALLER_ID=12025550150", "DIAL_TIMEOUT=1"},
+			attributes: ` timeout="1" callerId="12025550150"`, phones: "<Number>+12025550123</Number>"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			newTestApp(t, test.variables...).checkXML(t, post("/dialstatus/", newCall),
+				dialStart+test.attributes+dialEnd+test.phones+"</Dial></Response>", callRecord)
+		})
+	}
+	t.Run("everything", func(t *testing.T) {
+		app := newTestApp(t, "PUBLIC_URL=http://calls.example.org", "CALLER_ID=+12025550150",
+			"DIAL_TIMEOUT=30", "CALLBACK_CONFIG=#rc=3&rp=5xx,ct", "DIAL_TO=+12025550101,+12025550102")
+		app.checkXML(t, post("/dialstatus/", newCall),
+			`<Response><Dial action="http://calls.example.org/dialstatus/action/#rc=3&amp;rp=5xx,ct" `+
+				`method="POST" timeout="30" callerId="+12025550150" `+
+				`callbackUrl="http://calls.example.org/dialstatus/#rc=3&amp;rp=5xx,ct" `+
+				`callbackMethod="POST" redirect="true"><Number>+12025550101</Number><Number>+12025550102</Number>`+
+				`</Dial></Response>`, callRecord)
+	})
+}
+
+// The URLs in the <Dial>, and the URL in the record of a rejection, begin with
+// the URL by which Plivo reached the server.
+func TestBaseURL(t *testing.T) {
+	const forwardedHTTPS = "X-Forwarded-Proto: https"
+	const oddHost = `a_b.<"x">&'/?#@%.`
+	app := newTestApp(t) // one for all requests: it must not remember a host
+	for _, test := range []struct{ name, headers, baseURL string }{
+		{name: "curl", headers: "Host: localhost:8080", baseURL: "http://localhost:8080"},
+		{name: "IPv6", headers: "Host: [::1]:80", baseURL: "http://[::1]"},
+		{name: "ngrok", headers: "Host: localhost:8080; X-Forwarded-Host: a.ngrok.app; " + forwardedHTTPS,
+			baseURL: "https://a.ngrok.app"},
+		{name: "two proxies", headers: "X-Forwarded-Proto: HTTPS , http; " +
+			"X-Forwarded-Host: Calls.Example.org:8443 , inner:80",
+			baseURL: "https://Calls.Example.org:8443"},
+		{name: "two lines of a header", headers: "X-Forwarded-Host: outer; X-Forwarded-Host: inner",
+			baseURL: "http://outer"},
+		{name: "only a scheme", headers: forwardedHTTPS, baseURL: "https://example.com"},
+		{name: "only a host", headers: "X-Forwarded-Host: outer:8080", baseURL: "http://outer:8080"},
+		{name: "an empty host", headers: "X-Forwarded-Host:  ", baseURL: "http://example.com"},
+		{name: "another scheme", headers: "X-Forwarded-Proto: ftp; X-Forwarded-Host: outer:443",
+			baseURL: "http://outer:443"},
+		{name: "the port of https", headers: "X-Forwarded-Host: outer:443; " + forwardedHTTPS,
+			baseURL: "https://outer"},
+		{name: "another port", headers: "X-Forwarded-Host: outer:4430; " + forwardedHTTPS,
+			baseURL: "https://outer:4430"},
+		{name: "no host", headers: "Host: ", baseURL: ""},
+		{name: "characters that XML escapes", headers: "X-Forwarded-Host: " + oddHost,
+			baseURL: "http://" + oddHost},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			app.checkBaseURL(t, strings.Split(test.headers, "; "), test.baseURL)
+		})
+	}
+	t.Run("PUBLIC_URL", func(t *testing.T) {
+		app := newTestApp(t, "PUBLIC_URL=https://calls.example.org:8443/plivo/")
+		app.checkBaseURL(t, []string{"Host: evil.example", forwardedHTTPS, "X-Forwarded-Host: evil.example"},
+			"https://calls.example.org:8443/plivo")
+	})
+}
+
+// checkBaseURL sends requests that are served and rejected, and checks the URLs.
+func (test *testApp) checkBaseURL(t *testing.T, headers []string, baseURL string) {
+	t.Helper()
+	var escaped strings.Builder
+	xml.EscapeText(&escaped, []byte(baseURL))
+	test.checkXML(t, post("/dialstatus/", newCall, headers...),
+		strings.ReplaceAll(dialDocument, "http://example.com", escaped.String()), callRecord)
+	rejected := post(action+"?a=b", "", headers...)
+	test.checkRejection(t, rejected, 400, noDialStatus)
+	check(t, "record", test.record(), rejectionRecord(rejected, baseURL, 400, noDialStatus))
+}
+
+func TestNotFound(t *testing.T) {
+	app := newTestApp(t)
+	for _, test := range []struct{ method, path, allow string }{
+		{method: "GET", path: "/dialstatus/", allow: "POST"},
+		{method: "PUT", path: "/dialstatus/action", allow: "POST"},
+		{method: "POST", path: "/", allow: "GET"},
+		{method: "POST", path: "/dialstatus/x"},
+		{method: "GET", path: "/dial_status.go"},
+	} {
+		t.Run(test.method+" "+test.path, func(t *testing.T) {
+			r := httptest.NewRequest(test.method, test.path, nil)
+			r.Header["X-Forwarded-For"] = []string{"192.0.2.1, 192.0.2.2", "192.0.2.3"}
+			status := http.StatusNotFound
+			if test.allow != "" {
+				status = http.StatusMethodNotAllowed
+			}
+			app.checkRejection(t, r, status, "this path does not serve "+test.method+
+				": send POST to /dialstatus/ or /dialstatus/action/, such as: "+
+				"curl -d CallStatus=ringing http://example.com/dialstatus/")
+			check(t, "Allow", app.answer.Header().Get("Allow"), test.allow)
+			check(t, "Connection", app.answer.Header().Get("Connection"), "")
+		})
+	}
+}
+
+func TestBadInput(t *testing.T) {
+	app := newTestApp(t)
+	const answerURL, jsonType = "/dialstatus/?a=b", "Content-Type: application/json"
+	for name, r := range map[string]*http.Request{
+		"JSON":            post(answerURL, "1", jsonType),
+		"chunked JSON":    chunked(post(answerURL, "1", jsonType)),
+		"no content type": post(answerURL, "a=b", "Content-Type: "),
+		"a content type that begins alike": post(answerURL, "a=b",
+			"Content-Type: application/x-www-form-urlencoded2"),
+	} {
+		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 415, bodyNotForm) })
+	}
+	for name, r := range map[string]*http.Request{
+		"; in the form":  post(answerURL, "a=b;c"),
+		"% in the query": post("/dialstatus/?a=%zz", ""),
+	} {
+		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 400, notURLEncoded) })
+	}
+	t.Run("a body that is cut off", func(t *testing.T) {
+		r := post(answerURL, newCall)
+		r.Body = io.NopCloser(io.MultiReader(r.Body, iotest.ErrReader(io.ErrUnexpectedEOF)))
+		app.checkRejection(t, r, 400, bodyCutOff)
+	})
+	t.Run("a long body is not read to the end", func(t *testing.T) {
+		r, body := post(answerURL, ""), strings.NewReader(aText(1<<20))
+		r.Body = io.NopCloser(body)
+		app.checkRejection(t, r, 413, bodyTooLong)
+		check(t, "bytes read", 1<<20-body.Len(), 16<<10+1)
+	})
+}
+
+// recordFields lists the fields of each record, in the order of the log.
+var recordFields = map[string][]string{
 	"call": {"CallUUID", "From", "To", "Direction", "CallStatus"},
 	"leg": {"DialAction", "DialALegUUID", "DialBLegUUID", "DialBLegTo", "DialBLegStatus",
 		"DialBLegDuration", "DialBLegHangupCause", "DialBLegHangupCauseName",
@@ -73,766 +316,401 @@ var keys = map[string][]string{
 		"HangupCauseName", "HangupSource", "Duration"},
 }
 
-const (
-	nothing = `<Response></Response>`
-	hangsUp = `<Response><Hangup></Hangup></Response>`
-	dials   = dialTag + dialURL + `<Number>+12025550123</Number></Dial></Response>`
-	dialTag = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST" `
-	dialURL = `callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
-
-	calls      = `{"level":"INFO","msg":"call"`
-	completed  = `{"level":"INFO","msg":"dial","DialStatus":"completed","DialALegUUID":"` + aLeg + `"`
-	urlencoded = "application/x-www-form-urlencoded"
-	tooLong    = "the body is too long: send 16384 bytes at most"
-	notAForm   = "this is not a form: send application/x-www-form-urlencoded"
-	noDecode   = "this does not decode: send %25 for %, %3B for ;"
-	noStatus   = "no DialStatus: send the form that Plivo posts here"
-	forged     = "forbidden: Plivo has not signed this. If it called another URL, set PUBLIC_URL; " +
-		"if not, PLIVO_AUTH_TOKEN is not that of the number's account"
-)
-
-// says is the document that says a sentence and hangs up.
-func says(sentence string) string {
-	return `<Response><Speak>` + sentence + `</Speak><Hangup></Hangup></Response>`
-}
-
-// with is a form in which one field has another value.
-func with(form, name, value string) string {
-	return regexp.MustCompile(`\b`+name+`=[^&]*`).ReplaceAllLiteralString(form, name+"="+value)
-}
-
-// long is a text of n bytes.
-func long(n int) string { return strings.Repeat("a", n) }
-
-// logged is the line that the log has of a record, without its time.
-func logged(level slog.Level, message string, attributes ...any) string {
-	var line strings.Builder
-	slog.New(slog.NewJSONHandler(&line, nil)).Log(context.Background(), level, message, attributes...)
-	return lines(line.String())[0]
-}
-
-// record is the line of a form.
-func record(message, form string) string {
-	values, _ := url.ParseQuery(form)
-	var attributes []any
-	for _, key := range keys[message] {
-		attributes = append(attributes, key, values.Get(key))
-	}
-	return logged(slog.LevelInfo, message, attributes...)
-}
-
-// rejected is the line of a request that was not served.
-func rejected(r *http.Request, baseURL string, status int, reason string) string {
-	return logged(slog.LevelWarn, "rejected", "status", status, "reason", reason, "path", r.URL.Path,
-		"url", baseURL+r.URL.RequestURI(), "peer", r.RemoteAddr,
-		"X-Forwarded-For", strings.Join(r.Header.Values("X-Forwarded-For"), ", "))
-}
-
-var timeKey = regexp.MustCompile(`"time":"[^"]*",`)
-
-// lines splits a log into its records, without their time.
-func lines(log string) []string {
-	return strings.Split(strings.TrimSuffix(timeKey.ReplaceAllString(log, ""), "\n"), "\n")
-}
-
-// environment looks up the variables of a list of NAME=value.
-func environment(variables ...string) func(string) string {
-	values := make(map[string]string)
-	for _, variable := range variables {
-		name, value, _ := strings.Cut(variable, "=")
-		values[name] = value
-	}
-	return func(name string) string { return values[name] }
-}
-
-// testApp is the whole app. It keeps its log, and what was in it when the last
-// answer began.
-type testApp struct {
-	*app
-	log   bytes.Buffer
-	begun string
-}
-
-func newTestApp(t testing.TB, variables ...string) *testApp {
-	t.Helper()
-	cfg, err := configure(environment(variables...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	test := new(testApp)
-	test.app = newApp(cfg, slog.New(slog.NewJSONHandler(&test.log, nil)))
-	return test
-}
-
-// send answers a request as if no other had been rejected before it, and
-// returns what the app had logged when it began to answer.
-func (test *testApp) send(r *http.Request) (answer *httptest.ResponseRecorder, log string) {
-	test.log.Reset()
-	test.rejections = 0
-	answer = httptest.NewRecorder()
-	test.ServeHTTP(recorder{answer, test}, r)
-	return answer, test.begun
-}
-
-type recorder struct {
-	*httptest.ResponseRecorder
-	test *testApp
-}
-
-func (w recorder) WriteHeader(status int) {
-	w.test.begun = w.test.log.String()
-	w.ResponseRecorder.WriteHeader(status)
-}
-
-// want sends a request, and checks status, type and text of the answer, and how
-// the one record begins. What is not XML is one plain line.
-func (test *testApp) want(t *testing.T, r *http.Request, status int, text, record string) {
-	t.Helper()
-	answer, log := test.send(r)
-	contentType := "application/xml"
-	if !strings.HasPrefix(text, "<") {
-		contentType, text = "text/plain; charset=utf-8", text+"\n"
-	}
-	if got := answer.Result().Header.Get("Content-Type"); answer.Code != status || got != contentType {
-		t.Errorf("answer: %d %q, want %d %q", answer.Code, got, status, contentType)
-	}
-	if answer.Body.String() != text {
-		t.Errorf("answer:\n got %s\nwant %s", answer.Body, text)
-	}
-	if got := lines(log); len(got) != 1 || !strings.HasPrefix(got[0], record) {
-		t.Errorf("log:\n got %s\nwant %s", log, record)
-	}
-}
-
-// wantRejection is want for a request that is not served.
-func (test *testApp) wantRejection(t *testing.T, r *http.Request, status int, reason string) {
-	t.Helper()
-	test.want(t, r, status, reason, rejected(r, test.baseURL(r), status, reason))
-}
-
-type sent struct {
-	name string
-	app  *testApp
-	*http.Request
-}
-
-// post makes a form post, with more headers as "Name: value". "Host:" sets the
-// host; a header that is there already gets a second line.
-func post(target, form string, headers ...string) *http.Request {
-	r := httptest.NewRequest(http.MethodPost, target, strings.NewReader(form))
-	for _, header := range headers {
-		name, value, _ := strings.Cut(header, ": ")
-		if name == "Host" {
-			r.Host = value
-		} else {
-			r.Header.Add(name, value)
-		}
-	}
-	if r.Header["Content-Type"] == nil {
-		r.Header.Set("Content-Type", urlencoded)
-	}
-	return r
-}
-
-func TestAnswerURL(t *testing.T) {
-	app := newTestApp(t)
-	for _, test := range []struct{ name, form, document, record string }{
-		{"a call reaches the number", ringingCall, dials, "call"},
-		{"an event of something else", "Event=DialHangup&CallStatus=in-progress", dials, "call"},
-		{"in another case", "Event=hangup&CallStatus=Completed", dials, "call"},
-		{"a called leg answers", with(endedLeg, "DialAction", "answer"), nothing, "leg"},
-		{"a called leg has ended", endedLeg, nothing, "leg"},
-		{"a leg before the end of the call", "DialAction=x&Event=Hangup", nothing, "leg"},
-		{"the call is over", endedCall, nothing, "hangup"},
-		{"over, whatever the status is", "DialAction=&Event=Hangup&CallStatus=x", nothing, "hangup"},
-		{"final: completed", "CallStatus=completed", nothing, "hangup"},
-		{"final: busy", "CallStatus=busy", nothing, "hangup"},
-		{"final: failed", "CallStatus=failed", nothing, "hangup"},
-		{"final: timeout", "CallStatus=timeout", nothing, "hangup"},
-		{"final: no-answer", "CallStatus=no-answer", nothing, "hangup"},
-		{"final: cancel", "CallStatus=cancel", nothing, "hangup"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			record := `{"level":"INFO","msg":"` + test.record + `"`
-			app.want(t, post("/dialstatus/", test.form), 200, test.document, record)
-			app.want(t, post("/dialstatus?"+test.form, ""), 200, test.document, record)
-		})
-	}
-}
-
-func TestActionURL(t *testing.T) {
-	app := newTestApp(t)
-	for status, document := range map[string]string{
-		"completed": hangsUp,
-		"cancel":    hangsUp,
-		"busy":      says("The line is busy. Please try again later."),
-		"no-answer": says("Nobody answered. Please try again later."),
-		"timeout":   says("The call could not be connected in time. Please try again later."),
-		"failed":    says("The call could not be connected."),
-		"Completed": says("The call has ended."),
-	} {
-		t.Run(status, func(t *testing.T) {
-			form, level := with(endedDial, "DialStatus", status), "INFO"
-			if status == "Completed" {
-				level = "WARN"
-			}
-			record := `{"level":"` + level + `","msg":"dial","DialStatus":"` + status + `"`
-			app.want(t, post("/dialstatus/action", form), 200, document, record)
-		})
-	}
-	t.Run("no DialStatus", func(t *testing.T) {
-		app.wantRejection(t, post("/dialstatus/action/", ringingCall), 400, noStatus)
-	})
-}
-
-// A report is the same however its fields are sent.
-func TestFields(t *testing.T) {
-	app := newTestApp(t)
-	const path = "/dialstatus/action/"
-	busy := path + "?" + with(endedDial, "DialStatus", "busy")
-	for name, r := range map[string]*http.Request{
-		"with a slash at its end": post(path, endedDial),
-		"a type in capitals":      post(path, endedDial, strings.ToUpper("Content-Type: "+urlencoded)),
-		"a type with parameters":  post(path, endedDial, "Content-Type: "+urlencoded+" ; charset"),
-		"in the query":            post(path+"?"+endedDial, "", "Content-Type: application/json"),
-		"in both: the body":       post(busy, endedDial),
-		"some in each":            post(busy, "DialStatus=completed"),
-		"two values: the first":   post(path, endedDial+"&DialStatus=busy"),
-		"the longest body":        post(path, endedDial+"&x="+long(16<<10-len(endedDial)-3)),
-	} {
-		t.Run(name, func(t *testing.T) { app.want(t, r, 200, hangsUp, completed) })
-	}
-}
-
-func TestDialDocument(t *testing.T) {
-	const number, start = "<Number>+12025550123</Number>", dialTag + dialURL
-	for _, test := range []struct{ variable, document string }{
-		{"DIAL_TO=9902555", start + "<Number>9902555</Number>"},
-		{"DIAL_TO=+120255501234567", start + "<Number>+120255501234567</Number>"},
-		{"DIAL_TO=+12025550101,\t sip:a.b@h ,+12025550102\n", start + "<Number>+12025550101</Number>" +
-			"<User>sip:a.b@h</User><Number>+12025550102</Number>"},
-		{"DIAL_TO=sip:!o'#$%&*()/+-:;=?A[~@[::1];a=1&b", start +
-			"<User>sip:!o&#39;#$%&amp;*()/+-:;=?A[~@[::1];a=1&amp;b</User>"},
-		{"DIAL_TIMEOUT=1", dialTag + `timeout="1" ` + dialURL + number},
-		{"DIAL_TIMEOUT=100000000", dialTag + `timeout="100000000" ` + dialURL + number},
-		{"CALLER_ID=+12025550150", dialTag + `callerId="+12025550150" ` + dialURL + number},
-	} {
-		t.Run(test.variable, func(t *testing.T) {
-			newTestApp(t, test.variable).want(t, post("/dialstatus/", ringingCall), 200,
-				test.document+"</Dial></Response>", calls)
-		})
-	}
-}
-
-// The URLs in the Dial document, and the one in the record of a rejection, begin
-// with the one by which Plivo reached the server.
-func TestBaseURL(t *testing.T) {
-	const (
-		public = "PUBLIC_URL=https://calls.example.org:8443/plivo/"
-		tunnel = "X-Forwarded-Host: abc.ngrok.app"
-		odd    = `a_b.<"x">&'/?#@%.`
-	)
-	for _, test := range []struct {
-		name, publicURL string
-		headers         []string
-		base            string
-	}{
-		{"curl", "", []string{"Host: localhost:8080"}, "http://localhost:8080"},
-		{"IPv6", "", []string{"Host: [::1]:80"}, "http://[::1]"},
-		{"ngrok", "", []string{"Host: localhost:8080", https, tunnel}, "https://abc.ngrok.app"},
-		{"two proxies", "", []string{"X-Forwarded-Proto: HTTPS , http",
-			"X-Forwarded-Host: Calls.Example.org:8443 , inner:80"}, "https://Calls.Example.org:8443"},
-		{"only the scheme is forwarded", "", []string{https}, "https://example.com"},
-		{"an empty host is forwarded", "", []string{"X-Forwarded-Host:  "}, "http://example.com"},
-		{"ftp", "", []string{"X-Forwarded-Proto: ftp", tunnel + ":443"}, "http://abc.ngrok.app:443"},
-		{"https and its port", "", []string{https, tunnel + ":443"}, "https://abc.ngrok.app"},
-		{"https and another's port", "", []string{https, tunnel + ":4430"}, "https://abc.ngrok.app:4430"},
-		{"a port that ends alike", "", []string{tunnel + ":8080"}, "http://abc.ngrok.app:8080"},
-		{"no Host", "", []string{"Host: "}, "http://"},
-		{"characters that XML escapes", "", []string{"X-Forwarded-Host: " + odd}, "http://" + odd},
-		{"PUBLIC_URL, whatever strangers say", public, []string{"Host: evil.example", https, tunnel},
-			"https://calls.example.org:8443/plivo"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			var base strings.Builder
-			xml.EscapeText(&base, []byte(test.base))
-			app := newTestApp(t, test.publicURL)
-			app.want(t, post("/dialstatus/", ringingCall, test.headers...), 200,
-				strings.ReplaceAll(dials, "http://example.com", base.String()), calls)
-			r := post("/dialstatus/action?a=b", "", test.headers...)
-			app.want(t, r, 400, noStatus, rejected(r, test.base, 400, noStatus))
-		})
-	}
-}
-
-func TestNotServed(t *testing.T) {
-	app := newTestApp(t)
-	for _, test := range []struct{ method, target, allow string }{
-		{"GET", "/dialstatus/", "POST"},
-		{"PUT", "/dialstatus/action", "POST"},
-		{"POST", "/", "GET"},
-		{"POST", "/dialstatus/x", ""},
-		{"GET", "/dial_status.go", ""},
-	} {
-		t.Run(test.method+" "+test.target, func(t *testing.T) {
-			status := map[bool]int{true: 405, false: 404}[test.allow != ""]
-			r := httptest.NewRequest(test.method, test.target, nil)
-			r.Header["X-Forwarded-For"] = []string{"192.0.2.1, 192.0.2.2", "192.0.2.3"}
-			app.wantRejection(t, r, status, "dialstatus runs, but takes no "+test.method+
-				" here: send POST to /dialstatus/ or /dialstatus/action/, such as curl"+
-				" -d CallStatus=ringing http://example.com/dialstatus/")
-			answer, _ := app.send(r)
-			if allow := answer.Result().Header.Get("Allow"); allow != test.allow {
-				t.Errorf("Allow: %q, want %q", allow, test.allow)
-			}
-		})
-	}
-}
-
-// A probe is answered, and leaves no record.
-func TestProbe(t *testing.T) {
-	app := newTestApp(t)
-	answer, _ := app.send(httptest.NewRequest(http.MethodHead, "/", nil))
-	const line = "dialstatus runs, and takes calls at /dialstatus/\n"
-	if answer.Code != 200 || answer.Body.String() != line || app.log.Len() > 0 {
-		t.Errorf("%d %s, log: %s", answer.Code, answer.Body, &app.log)
-	}
-}
-
-func TestBadInput(t *testing.T) {
-	app := newTestApp(t)
-	const path = "/dialstatus/?a=b"
-	for _, test := range []struct {
-		name   string
-		sent   *http.Request
-		status int
-		reason string
-	}{
-		{"a byte too long", post(path, long(16<<10+1)), 413, tooLong},
-		{"JSON", post(path, "1", "Content-Type: application/json"), 415, notAForm},
-		{"another type", post(path, "a=b", "Content-Type: "+urlencoded+"2"), 415, notAForm},
-		{"a semicolon in the body", post(path, "a=b;c"), 400, noDecode},
-		{"the query does not decode", post("/dialstatus/?a=%zz", "a=b"), 400, noDecode},
-	} {
-		t.Run(test.name, func(t *testing.T) { app.wantRejection(t, test.sent, test.status, test.reason) })
-	}
-	t.Run("a body that breaks off", func(t *testing.T) {
-		r := post(path, ringingCall)
-		r.Body = io.NopCloser(io.MultiReader(r.Body, iotest.ErrReader(io.ErrUnexpectedEOF)))
-		app.wantRejection(t, r, 400, "the body broke off: send all of it, at once")
-	})
-	t.Run("a long body is not read to its end", func(t *testing.T) {
-		r, body := post(path, ""), strings.NewReader(long(1<<20))
-		r.Body = io.NopCloser(body)
-		app.wantRejection(t, r, 413, tooLong)
-		if read := 1<<20 - body.Len(); read > 16<<10+1 {
-			t.Errorf("read %d bytes", read)
-		}
-	})
-}
-
-// Each record has its fields, and is below 16 KiB, where Docker splits a line.
 func TestRecords(t *testing.T) {
 	app := newTestApp(t)
-	controls := strings.Repeat("\x01", 256) + "a" // each has six bytes in JSON
-	for message, test := range map[string]struct{ target, form string }{
-		"call":   {"/dialstatus/", with(ringingCall, "From", "+%22%FF%0A")},
-		"leg":    {"/dialstatus/", endedLeg},
-		"hangup": {"/dialstatus/?Event=Hangup", endedCall},
-		"dial":   {"/dialstatus/action/", endedDial},
+	for _, test := range []struct{ name, record, target, form string }{
+		{name: "call", record: "call", target: "/dialstatus/", form: newCall},
+		{name: "leg", record: "leg", target: "/dialstatus/", form: endedLeg},
+		{name: "dial", record: "dial", target: "/dialstatus/action/", form: endedDial},
+		{name: "hangup", record: "hangup", target: "/dialstatus/", form: endedCall},
+		{name: "odd characters", record: "call", target: "/dialstatus/", form: "From=+%22%FF%0A"},
+		{name: "missing fields are empty", record: "dial", target: "/dialstatus/action/",
+			form: "DialStatus=busy"},
 	} {
-		t.Run(message, func(t *testing.T) {
-			_, log := app.send(post(test.target, test.form))
-			if want := record(message, test.form); lines(log)[0] != want {
-				t.Errorf("log:\n got %s\nwant %s", log, want)
+		t.Run(test.name, func(t *testing.T) {
+			values := must(url.ParseQuery(test.form))
+			var attributes []any
+			for _, field := range recordFields[test.record] {
+				attributes = append(attributes, field, values.Get(field))
 			}
-			values := make(url.Values)
-			for _, field := range keys[message] {
-				values.Set(field, controls)
-			}
-			_, log = app.send(post(test.target, values.Encode()))
-			if n := strings.Count(log, `\u0001`); n != 256*len(keys[message]) || len(log) > 16<<10 {
-				t.Errorf("a record of %d bytes, with %d controls: %.99s", len(log), n, log)
-			}
-		})
-	}
-	for name, r := range map[string]*http.Request{
-		"path":            post("/"+strings.Repeat("%01", 4000), ""),
-		"query":           post("/?"+strings.Repeat("%01", 4000), ""),
-		"method":          httptest.NewRequest(long(12000), "/", nil),
-		"X-Forwarded-For": post("/", "", "X-Forwarded-For: "+strings.Repeat(controls, 40)),
-	} {
-		t.Run(name, func(t *testing.T) {
-			if answer, log := app.send(r); len(log) > 8<<10 || answer.Body.Len() > 257 {
-				t.Errorf("a record of %d bytes, an answer of %d", len(log), answer.Body.Len())
-			}
+			app.send(post(test.target, test.form))
+			check(t, "record", app.record(), record(slog.LevelInfo, test.record, attributes...))
 		})
 	}
 }
 
-// A flood of requests that are not served leaves 20 records in a second; it
-// does not touch reports.
+// A value is cut after 256 bytes. So even the largest record is shorter than 16
+// KiB, where Docker splits a line: JSON writes a control character as six bytes.
+func TestLongValues(t *testing.T) {
+	app := newTestApp(t)
+	controls := strings.Repeat("\x01", 257)
+	for name, target := range map[string]string{"call": "/dialstatus/", "leg": "/dialstatus/",
+		"hangup": "/dialstatus/?Event=Hangup", "dial": "/dialstatus/action/"} {
+		values := make(url.Values)
+		for _, field := range recordFields[name] {
+			values.Set(field, controls)
+		}
+		app.send(post(target, values.Encode()))
+		check(t, "bytes of "+name, strings.Count(app.record(), `\u0001`), 256*len(recordFields[name]))
+		check(t, name+" is short", app.logged.Len() < 16<<10, true)
+	}
+	for name, r := range map[string]*http.Request{
+		"path":             post("/"+strings.Repeat("%01", 4000), ""),
+		"query":            post("/?"+strings.Repeat("%01", 4000), ""),
+		"method":           httptest.NewRequest(aText(12000), "/", nil),
+		"X-Forwarded-For":  post("/", "", "X-Forwarded-For: "+strings.Repeat(controls, 40)),
+		"X-Forwarded-Host": post("/", "", "X-Forwarded-Host: "+strings.Repeat(controls, 40)),
+	} {
+		answer := app.send(r)
+		check(t, "a short record in spite of a long "+name, app.logged.Len() < 8<<10, true)
+		check(t, "a short answer in spite of a long "+name, answer.Body.Len() <= 257, true)
+	}
+}
+
+// A flood of requests that are rejected leaves 20 records in a second. Every
+// request is still answered, and every report is still logged.
 func TestFlood(t *testing.T) {
 	t.Parallel()
 	app := newTestApp(t)
 	for range 2 {
 		time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second)))
-		app.log.Reset()
+		app.logged.Reset()
 		var senders sync.WaitGroup
 		for range 100 {
 			senders.Add(1)
 			go func() {
-				app.ServeHTTP(httptest.NewRecorder(), post("/", ""))
+				defer senders.Done()
+				answer := httptest.NewRecorder()
+				app.ServeHTTP(answer, post("/dialstatus/action/", ""))
+				check(t, "answer", answer.Body.String(), noDialStatus+"\n")
+				check(t, "status", answer.Code, 400)
 				app.ServeHTTP(httptest.NewRecorder(), post("/dialstatus/action/", endedDial))
-				senders.Done()
 			}()
 		}
 		senders.Wait()
+		check(t, "rejections", strings.Count(app.logged.String(), `"msg":"rejected"`), 20)
+		check(t, "reports", strings.Count(app.logged.String(), `"msg":"dial"`), 100)
 	}
-	rejections := strings.Count(app.log.String(), `"msg":"rejected"`)
-	reports := strings.Count(app.log.String(), `"msg":"dial"`)
-	if rejections != 20 || reports != 100 {
-		t.Errorf("%d rejections, %d reports", rejections, reports)
-	}
-}
-
-const (
-	testToken = "YzBmZmVlYzBmZmVlYzBmZmVl"
-	testLogin = "phlo: pass:word'\"x"
-	testNonce = "05429567804466091622"
-	publicURL = "https://Calls.example.org"
-
-	https   = "X-Forwarded-Proto: https"
-	v3      = "X-Plivo-Signature-V3"
-	maV3    = "X-Plivo-Signature-Ma-V3"
-	v3Nonce = "X-Plivo-Signature-V3-Nonce"
-)
-
-// sign is Plivo's V3 signature of a POST, written from its description: the
-// URL, "?" if there is a query or a form, the query and the form sorted by name
-// and value with "." between them, "." and the nonce; HMAC-SHA256, base64.
-func sign(authToken, called, form, nonce string) string {
-	sorted := func(encoded, equals string) (pairs []string) {
-		values, _ := url.ParseQuery(encoded)
-		for _, name := range slices.Sorted(maps.Keys(values)) {
-			for _, value := range slices.Sorted(slices.Values(values[name])) {
-				pairs = append(pairs, name+equals+value)
-			}
-		}
-		return pairs
-	}
-	text, encodedQuery, _ := strings.Cut(called, "?")
-	query, fields := sorted(encodedQuery, "="), sorted(form, "")
-	if len(query) > 0 || len(fields) > 0 {
-		text += "?" + strings.Join(query, "&")
-	}
-	if len(query) > 0 && len(fields) > 0 {
-		text += "."
-	}
-	return keyedHash(authToken, text+strings.Join(fields, "")+"."+nonce)
-}
-
-// keyedHash is the HMAC-SHA256 of a text, in base64.
-func keyedHash(authToken, text string) string {
-	mac := hmac.New(sha256.New, []byte(authToken))
-	mac.Write([]byte(text))
-	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
-}
-
-// signed makes a form post that Plivo signed for publicURL.
-func signed(target, form string, headers ...string) *http.Request {
-	return post(target, form, append(headers, v3Nonce+": "+testNonce,
-		v3+": "+sign(testToken, publicURL+target, form, testNonce))...)
-}
-
-// withLogin makes a form post as PHLO's HTTP Request node does with Basic Auth.
-func withLogin(user, password string) *http.Request {
-	r := post("/dialstatus/action/", endedDial)
-	r.SetBasicAuth(user, password)
-	return r
+	app.lastRejection += 3600 // as if the clock had been set back by an hour
+	app.logged.Reset()
+	app.ServeHTTP(httptest.NewRecorder(), post("/", ""))
+	check(t, "rejections after the clock was set back", len(records(app.logged.String())), 1)
 }
 
 // The vectors of plivo-go's utils_test.go, TestValidateSignatureV3Pass1 and Pass3.
 func TestPublishedSignatures(t *testing.T) {
 	const (
 		authToken = "Y2Q2ZDgxZmY5YWRiOTI5YmQ1Njg0MTAxZWIyOTc4"
-		host      = "https://plivobin.non-prod.plivops.com"
-		path      = "/api/v1/validate_signature03.xml"
+		nonce     = "31627761595286130198"
+		calledURL = "https://plivobin.non-prod.plivops.com/api/v1/validate_signature03.xml"
 		uuid      = "3e82ae9d-2c78-4d85-b1a4-6eae7dbafb36"
 		user      = "sip:PlivoSignature382029104058171078704104@"
 	)
-	form, _ := url.ParseQuery("ALegRequestUUID=" + uuid + "&ALegUUID=" + uuid + "&BillRate=0.002" +
+	form := must(url.ParseQuery("ALegRequestUUID=" + uuid + "&ALegUUID=" + uuid + "&BillRate=0.002" +
 		"&CallStatus=in-progress&CallUUID=" + uuid + "&Direction=outbound&Event=StartApp" +
 		"&From=19792014278&ParentAuthID=MANWVLYTK4ZWU1YTY4QA&RequestUUID=" + uuid +
 		"&SIP-H-To=%3C" + user + "52.9.11.55%3Btransport=udp%3E%3Btag=1" +
-		"&SessionStart=2020-04-08+11:34:33.238707&To=" + user + "phone-qa.voice.plivodev.com")
-	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+authToken, "PUBLIC_URL="+host)
-	for target, signature := range map[string]string{
-		path + "/?a=b&c=d": "k7Pusd4OxCIjR5IfA9iedDNu/h/gbdYqdzG/MiYtd1c=",
-		path:               "iAjE5QqI37mbkYe4w3jTMudqEzbDufdqi7sYwTu64e0=",
-	} {
-		r := post(target, "", v3+": "+signature, v3Nonce+": 31627761595286130198")
-		if r.PostForm = form; !app.authorized(r) {
-			t.Errorf("%s: not accepted", target)
-		}
-	}
+		"&SessionStart=2020-04-08+11:34:33.238707&To=" + user + "phone-qa.voice.plivodev.com"))
+	check(t, "signature of a form", sign(authToken, signedText(calledURL, nil, form, nonce)),
+		"iAjE5QqI37mbkYe4w3jTMudqEzbDufdqi7sYwTu64e0=")
+	query := url.Values{"a": {"b"}, "c": {"d"}}
+	check(t, "signature of a query and a form",
+		sign(authToken, signedText(calledURL+"/", query, form, nonce)),
+		"k7Pusd4OxCIjR5IfA9iedDNu/h/gbdYqdzG/MiYtd1c=")
 }
 
-func TestPlivoMaySend(t *testing.T) {
+// The configuration of the apps that check signatures, and the headers.
+const (
+	testToken = "YzBmZmVlYzBmZmVlYzBmZmVl"
+	testLogin = "phlo: pass:word'\"x"
+	testNonce = "05429567804466091622"
+	publicURL = "https://Calls.example.org"
+
+	v3Header      = "X-Plivo-Signature-V3: "
+	v3MainHeader  = "X-Plivo-Signature-Ma-V3: " // signed with the token of the main account
+	v3NonceHeader = "X-Plivo-Signature-V3-Nonce: "
+
+	otherSignature = "c2lnbmVk" // base64, like a signature that another token made
+)
+
+// postWith returns a post of endedDial with headers.
+func postWith(headers ...string) *http.Request { return post(action, endedDial, headers...) }
+
+// signatureOf returns the signature of a post of this form to the action URL.
+func signatureOf(form, nonce string) string {
+	return plivoSignature(testToken, publicURL+action, form, nonce)
+}
+
+func TestAcceptedSenders(t *testing.T) {
 	const token = "PLIVO_AUTH_TOKEN=" + testToken
 	app := newTestApp(t, token, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL+"///")
-	tunnelled, open := newTestApp(t, token), newTestApp(t, "PHLO_BASIC_AUTH="+testLogin)
-
-	const action, query = "/dialstatus/action/", "/dialstatus/action/?a=b"
-	const other = "c2lnbmVk" // a signature with another token
-	signature := sign(testToken, publicURL+action, endedDial, testNonce)
-	// withHeaders makes a post of endedDial with these headers and the nonce.
-	withHeaders := func(headers ...string) *http.Request {
-		return post(action, endedDial, append(headers, v3Nonce+": "+testNonce)...)
-	}
-	for _, test := range []sent{
-		{"answer URL", app, signed("/dialstatus/", ringingCall)},
-		{"action URL without its slash", app, signed("/dialstatus/action", endedDial)},
-		{"a query", app, signed(action+"?z=1&a=b%20c", endedDial, "Authorization: Basic Og==")},
-		{"a repeated name in the query", app, signed(query+"&a=&a=a", "DialStatus=busy")},
-		{"repeated fields", app, signed(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200))},
-		{"a name that begins another", app, signed(query+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2")},
-		{"a query, and a form that ends in a dot", app, signed(query, endedDial+".")},
-		{"empty values", app, signed(query+"&c=&d", endedDial+"&c=&d")},
-		{"only an empty pair", app, signed("/dialstatus/", "=")},
-		{"only an empty pair in the query", app, signed("/dialstatus/?=", "")},
-		{"not ASCII", app, signed(query+"&N=J%C3%BCrgen", endedDial+"&N=%E7%8E%8B%ff\n")},
-		{"no form, only a query", app, signed("/dialstatus/action/?DialStatus=busy", "")},
-		{"neither form nor query", app, signed("/dialstatus/?", "")},
-		{"an escape in the path", app, signed("/dialstatus%2Faction/", endedDial)},
-		{"the main account's signature", app, withHeaders(maV3+": "+other, maV3+": "+signature)},
-		{"one of several tokens", app, withHeaders(v3 + ": " + other + " , " + signature + " ,")},
-		{"a second line", app, withHeaders(v3+": "+other, v3+": "+signature, v3Nonce+": "+testNonce)},
-		{"PHLO's login", app, withLogin("phlo", " pass:word'\"x")},
-		{"ngrok", tunnelled, signed("/dialstatus/", ringingCall, https, "Host: localhost:8080",
-			"X-Forwarded-Host: Calls.example.org")},
-		{"without a token anyone", open, withHeaders(v3 + ": " + other)},
+	const nonce, query = v3NonceHeader + testNonce, action + "?a=b"
+	signature := signatureOf(endedDial, testNonce)
+	for name, r := range map[string]*http.Request{
+		"answer URL":                        signedPost("/dialstatus/", newCall),
+		"action URL without the slash":      signedPost("/dialstatus/action", endedDial),
+		"a repeated name in the query":      signedPost(query+"&a=&a=a", "DialStatus=busy"),
+		"a repeated field":                  signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
+		"names that begin alike":            signedPost(query+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
+		"a query, and a dot after the form": signedPost(query, endedDial+"."),
+		"empty values":                      signedPost(query+"&c=&d", endedDial+"&c=&d"),
+		"an empty name in the query":        signedPost("/dialstatus/?=", ""),
+		"not ASCII":                         signedPost(query+"&N=J%C3%BCrgen", endedDial+"&N=%E7%8E%8B%ff\n"),
+		"a query without a form":            signedPost(action+"?DialStatus=busy", ""),
+		"neither query nor form":            signedPost("/dialstatus/?", ""),
+		"an escape in the path":             signedPost("/dialstatus%2Faction/", endedDial),
+		"the main account's signature":      postWith(nonce, v3MainHeader+signature),
+		"the last of four signatures": postWith(nonce, v3Header+strings.Repeat(otherSignature+", ", 3)+
+			signature+" ,"),
+		"the second of two headers":        postWith(nonce, v3Header+otherSignature, v3Header+signature),
+		"a nonce with letters":             postWith(v3NonceHeader+"a-Z_0", v3Header+signatureOf(endedDial, "a-Z_0")),
+		"a signature beside a wrong login": signedPost(action, endedDial, "Authorization: Basic Og=="),
+		"PHLO's login":                     postWithLogin("phlo", " pass:word'\"x"),
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			answer, log := test.app.send(test.Request)
-			if answer.Code != 200 || !strings.HasPrefix(answer.Body.String(), "<Response>") {
-				t.Errorf("%d %s\nlog: %s", answer.Code, answer.Body, log)
-			}
-		})
+		t.Run(name, func(t *testing.T) { check(t, "status", app.send(r).Code, 200) })
 	}
-	t.Run("a signature does not change which value counts", func(t *testing.T) {
-		r := signed(action, endedDial+"&DialStatus=busy")
-		app.want(t, r, 200, hangsUp, completed)
+	t.Run("ngrok", func(t *testing.T) {
+		behindTunnel := newTestApp(t, token)
+		r := signedPost("/dialstatus/", newCall, "X-Forwarded-Proto: https", "Host: localhost:8080",
+			"X-Forwarded-Host: Calls.example.org")
+		check(t, "status", behindTunnel.send(r).Code, 200)
+	})
+	t.Run("anybody, if no token is set", func(t *testing.T) {
+		withoutToken := newTestApp(t, "PHLO_BASIC_AUTH="+testLogin)
+		check(t, "status", withoutToken.send(postWith(nonce, v3Header+otherSignature)).Code, 200)
 	})
 }
 
-// changed makes a forgery of a request: it has its headers, and another target
-// or form.
-func changed(r *http.Request, target, form string) *http.Request {
-	forgery := post(target, form)
-	forgery.Header = r.Header
-	return forgery
-}
-
 func TestForgeries(t *testing.T) {
-	const action, query = "/dialstatus/action/", "/dialstatus/action/?a=b"
 	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin,
 		"PUBLIC_URL="+publicURL)
-	tunnelled := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
-	good, goodQuery := signed(action, endedDial), signed(query, endedDial)
-	signedWith := func(authToken, nonce string) string {
-		return sign(authToken, publicURL+action, endedDial, nonce)
+	const nonce, query = v3NonceHeader + testNonce, action + "?a=b"
+	signature := signatureOf(endedDial, testNonce)
+	// captured returns a post with the headers of a request that Plivo signed.
+	captured := func(signed *http.Request, target, form string) *http.Request {
+		forgery := post(target, form)
+		forgery.Header = signed.Header
+		return forgery
 	}
-	// withSignature is a post of endedDial.
-	withSignature := func(nonce, signature string) *http.Request {
-		return post(action, endedDial, v3Nonce+": "+nonce, v3+": "+signature)
-	}
-	signature := signedWith(testToken, testNonce)
-	v2 := keyedHash(testToken, publicURL+action+testNonce)
-	for _, test := range []sent{
-		{"changed field", app, changed(good, action, with(endedDial, "DialStatus", "busy"))},
-		{"added field", app, changed(good, action, endedDial+"&X=")},
-		{"added second value", app, changed(good, action, endedDial+"&To=1")},
-		{"changed query", app, changed(goodQuery, action+"?a=c", endedDial)},
-		{"added query", app, changed(good, query, endedDial)},
-		{"dropped query", app, changed(goodQuery, action, endedDial)},
-		{"added second value in the query", app, changed(goodQuery, query+"&a=c", endedDial)},
-		{"added dots behind a query", app, changed(goodQuery, query, endedDial+"..")},
-		{"added dots in the query", app, changed(signed(query, ""), query+"%2E", "")},
-		{"other path", app, changed(good, "/dialstatus/", endedDial)},
-		{"other escape of the path", app, changed(good, "/dialstatus%2Faction/", endedDial)},
-		{"other nonce", app, withSignature("05429567804466091623", signature)},
-		{"end of the form in the nonce", app, withSignature("199.0542",
-			sign(testToken, publicURL+action, endedDial+".199", "0542"))},
-		{"empty nonce", app, withSignature("", signedWith(testToken, ""))},
-		{"other token", app, withSignature(testNonce, signedWith("other", testNonce))},
-		{"part of the signature", app, withSignature(testNonce, signature[:43])},
-		{"more than the signature", app, withSignature(testNonce, signature+"=")},
-		{"the signature in another case", app, withSignature(testNonce, strings.ToLower(signature))},
-		{"V2's signature", app, post(action, endedDial, "X-Plivo-Signature-V2: "+v2,
-			"X-Plivo-Signature-V2-Nonce: "+testNonce)},
-		{"unsigned", app, post("/dialstatus/", ringingCall)},
-		{"other password", app, withLogin("phlo", " PASS:word'\"x")},
-		{"empty login", tunnelled, withLogin("", "")},
-		{"a longer password", app, withLogin("phlo", " pass:word'\"x ")},
-		{"other scheme", tunnelled, signed(action, endedDial, "Host: Calls.example.org")},
-		{"other host", tunnelled, signed(action, endedDial, https, "Host: evil.example")},
+	signed, signedQuery := signedPost(action, endedDial), signedPost(query, endedDial)
+	for name, r := range map[string]*http.Request{
+		"no signature":                post("/dialstatus/", newCall),
+		"a changed field":             captured(signed, action, replaceField(endedDial, "DialStatus", "busy")),
+		"one more field":              captured(signed, action, endedDial+"&X="),
+		"one more value of a field":   captured(signed, action, endedDial+"&To=1"),
+		"one more query":              captured(signed, query, endedDial),
+		"one more value in the query": captured(signedQuery, query+"&a=c", endedDial),
+		"dots after query and form":   captured(signedQuery, query, endedDial+".."),
+		"a dot after the query":       captured(signedPost(query, ""), query+"%2E", ""),
+		"another path":                captured(signed, "/dialstatus/", endedDial),
+		"an escape in the path":       captured(signed, "/dialstatus%2Faction/", endedDial),
+		"the end of the form in the nonce": postWith(v3NonceHeader+"199.0542",
+			v3Header+signatureOf(endedDial+".199", "0542")),
+		"an empty nonce":              postWith(v3NonceHeader, v3Header+signatureOf(endedDial, "")),
+		"a part of the signature":     postWith(nonce, v3Header+signature[:43]),
+		"more than the signature":     postWith(nonce, v3Header+signature+"="),
+		"the signature in lower case": postWith(nonce, v3Header+strings.ToLower(signature)),
+		"signature V2, which signs neither form nor query": postWith(nonce, "X-Plivo-Signature-V2-Nonce: "+
+			testNonce, "X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
+		"another password":  postWithLogin("phlo", " PASS:word'\"x"),
+		"a longer password": postWithLogin("phlo", " pass:word'\"x "),
 	} {
-		t.Run(test.name, func(t *testing.T) { test.app.wantRejection(t, test.Request, 403, forged) })
+		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 403, notAuthorized) })
+	}
+	behindTunnel := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
+	for name, r := range map[string]*http.Request{
+		"another scheme": signedPost(action, endedDial, "Host: Calls.example.org"),
+		"only a nonce":   postWith(nonce),
+		"an empty login": postWithLogin("", ""),
+	} {
+		t.Run(name, func(t *testing.T) { behindTunnel.checkRejection(t, r, 403, notAuthorized) })
 	}
 }
 
 func TestConfiguration(t *testing.T) {
-	for variable, address := range map[string]string{
-		"HOST=::1": "[::1]:8080", "HOST=[::]": "[::]:8080", "HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080",
-		"PORT=0": ":0", "MARTINI_ENV=test": ":8080", "MARTINI_ENV=development": ":8080",
-		"PHLO_BASIC_AUTH=ü:x:": ":8080", "PHLO_BASIC_AUTH=x \"y:\"b\"c": ":8080",
-		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatus1": ":8080", "PUBLIC_URL=http://1_": ":8080",
-		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:65535/%20~.-_": ":8080",
+	for _, variable := range []string{
+		"DIAL_TIMEOUT=999999999", "MARTINI_ENV=test", "MARTINI_ENV=development",
+		"PLIVO_AUTH_TOKEN=aZ0+/_-=", "PHLO_BASIC_AUTH=ü:x:", `PHLO_BASIC_AUTH=x "y:"b"c`,
+		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatus1", "PUBLIC_URL=http://1_",
+		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:65535/AZaz09%20~.-_",
+		"CALLBACK_CONFIG=ct=2000&er=n_california&plivo_retries=5",
 	} {
-		if cfg, err := configure(environment(variable)); cfg.address != address || err != nil {
-			t.Errorf("%s: %q, %v", variable, cfg.address, err)
-		}
+		_, err := configure(environment(variable))
+		check(t, "error with "+variable, fmt.Sprint(err), "<nil>")
+	}
+	for variable, address := range map[string]string{"HOST=": ":8080", "HOST=[::]": "[::]:8080",
+		"HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080", "PORT=0": ":0"} {
+		cfg, err := configure(environment(variable))
+		check(t, "error with "+variable, fmt.Sprint(err), "<nil>")
+		check(t, "address with "+variable, cfg.address, address)
 	}
 }
 
 func TestConfigurationErrors(t *testing.T) {
-	const secret = "(not shown)" // what is, or may hold, a password
 	for _, test := range []struct {
-		variable, shown string
-		values          []string
+		variable string
+		values   []string // without secrets: the error shows them
+		secrets  []string // values that hold, or may hold, a password
 	}{
-		{"DIAL_TO", "", []string{"me", "+120255", "+02025550123", "++12025550123", "+1202555012345678",
-			"+1 202 555 0123", "12025550123,", ",12025550123", "12025550123;12025550124",
-			"tel:+12025550123", " ", `"+12025550101"`}},
-		{"CALLER_ID", "", []string{"Alice", "12025550123,12025550124", "12025550123\n"}},
-		{"DIAL_TIMEOUT", "", []string{"0", "-1", "1.5", "30s", "1234567890"}},
-		{"PUBLIC_URL", "", []string{"h", "ftp://h", "HTTPS://h", "https://", "https://h:x", "https://h:",
-			"https://[::1", "https://[]", "https://[fe80::1%25e]", "https://a*b", "http://h/%zz",
-			"https://h/?", "https://h/#", `http://h/a"<b>`, "http://.h", "https://h/dialstatus",
-			"https://h/a/dialstatus//", "https://h/dialstatus%2Faction/x"}},
-		{"HOST", "", []string{"a b", "localhost\n"}},
-		{"PORT", "", []string{"http", "-1", " 80", "80\n"}},
-		{"MARTINI_ENV", "", []string{"Production", "production ", "protest", `"production"`}},
-		{"DIAL_TO", secret, []string{"sip:user:s3cret@host x", "sip:@b", "sip:a@", "sip:a@b@c",
-			"sip:a@bü", "sip:a@b\x7f", "sip:a@b\x01", "sip:a@b\nc", "sip:a@b<", "sip:a>@b",
-			`sip:"a"@b`, "sip:a b@c", "sip:a,b@c", "sips:a@b", "SIP:a@b"}},
-		{"PUBLIC_URL", secret, []string{"https://s3cret@example.com"}},
-		{"PLIVO_AUTH_TOKEN", secret, []string{"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`, "'s3cret'"}},
-		{"PHLO_BASIC_AUTH", secret, []string{"s3;cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c",
-			" a:b", "a:b ", `"a:b`, "'a:b", `a:b"`, "a:b'", "\ra:b", "a:b\t", ":a:b"}},
+		{variable: "DIAL_TO", values: []string{"me", "+120255", "+02025550123", "++12025550123",
+			"+1202555012345678", "+1 202 555 0123", "+1-202-555-0123", "tel:+12025550123",
+			"12025550123,", ",12025550123", "12025550123;12025550124", " ", `"+12025550101"`},
+			secrets: []string{"sip:user:s3cret@host x", "sip:@b", "sip:a@", "sip:a@b@c", "sip:a@bü",
+				"sip:a@b\x7f", "sip:a@b\x01", "sip:a@b\nc", "sip:a@b<", "sip:a>@b", `sip:"a"@b`,
+				"sip:a b@c", "sip:a,b@c", "sips:a@b", "SIP:a@b"}},
+		{variable: "CALLER_ID", values: []string{"Alice", "12025550123,12025550124", "12025550123\n"}},
+		{variable: "DIAL_TIMEOUT", values: []string{"0", "-1", "1.5", "30s", "1234567890"}},
+		{variable: "PUBLIC_URL", values: []string{"h", "ftp://h", "HTTPS://h", "https://", "https://h:",
+			"https://[fe80::1%25e]", "https://a*b", "http://h/%zz", "https://h/a b", "https://h/?",
+			"https://h/#", `http://h/a"<b>`, "http://.h", "https://h/dialstatus",
+			"https://h/a/dialstatus/", "https://h/dialstatus%2Faction/x"},
+			secrets: []string{"https://s3cret@example.com"}},
+		{variable: "CALLBACK_CONFIG", values: []string{"#", "rc", "rc=", "=3", "rc=3&", "&rc=3", "##rc=3",
+			"rc=3&&rp=5xx", "rc=3#rp=5xx", "rc=3;rp=5xx", "RC=3", "rc=3 ", `"rc=3"`, "rc=-1"}},
+		{variable: "HOST", values: []string{"a b", "localhost\n", "[", "]", "[]", "[::1", "::1]", "[[::1]]"}},
+		{variable: "PORT", values: []string{"-1", " 80", "80\n"}},
+		{variable: "MARTINI_ENV", values: []string{"Production", "production ", "protest", `"test"`}},
+		{variable: "PLIVO_AUTH_TOKEN", secrets: []string{"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`,
+			"'s3cret'"}},
+		{variable: "PHLO_BASIC_AUTH", secrets: []string{"s3;cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc",
+			"a\nb:c", " a:b", "a:b ", `"a:b`, "'a:b", `a:b"`, "a:b'"}},
 	} {
-		for _, value := range test.values {
+		for _, value := range append(test.values, test.secrets...) {
+			shown := value
+			if slices.Contains(test.secrets, value) {
+				shown = "(not shown)"
+			}
 			_, err := configure(environment(test.variable + "=" + value))
-			want := fmt.Sprintf("%s %q: want ", test.variable, cmp.Or(test.shown, value))
-			if got := fmt.Sprint(err); !strings.HasPrefix(got, want) || strings.Contains(got, "\n") {
-				t.Errorf("%s=%q: got %s, want %s", test.variable, value, got, want)
+			start, meaning, _ := strings.Cut(fmt.Sprint(err), ": it must be ")
+			check(t, "error", start, fmt.Sprintf("%s %q", test.variable, shown))
+			if meaning == "" || strings.Contains(meaning, "\n") {
+				t.Errorf("%s=%q: the error does not say on one line what is wanted: %v", test.variable, value, err)
 			}
 		}
 	}
 	_, err := configure(environment("MARTINI_ENV=production", "DIAL_TIMEOUT=x"))
-	const notSet = " is not set: MARTINI_ENV=production needs it\n"
-	if want := "DIAL_TO" + notSet + `DIAL_TIMEOUT "x": want seconds, at least 1` + "\nPUBLIC_URL" +
-		notSet + "PLIVO_AUTH_TOKEN" + notSet; fmt.Sprintln(err) != want {
-		t.Errorf("got:\n%v\nwant:\n%s", err, want)
-	}
+	check(t, "errors in production", fmt.Sprint(err),
+		"DIAL_TO is not set: MARTINI_ENV=production needs it\n"+
+			`DIAL_TIMEOUT "x": it must be the time for which phones ring, in whole seconds, at least 1`+
+			"\nPUBLIC_URL is not set: MARTINI_ENV=production needs it"+
+			"\nPLIVO_AUTH_TOKEN is not set: MARTINI_ENV=production needs it")
 }
 
-// What each limit of the server is for stands in the README.
 func TestServerLimits(t *testing.T) {
 	server := httptest.NewUnstartedServer(nil)
 	server.Config = newServer(newTestApp(t).app)
 	server.Start()
 	defer server.Close()
-	for size, status := range map[int]int{16100: 200, 16500: 431} { // of a header
-		r, _ := http.NewRequest(http.MethodGet, server.URL, nil)
-		r.Header.Set("X", long(size))
-		if answer, err := http.DefaultClient.Do(r); err != nil || answer.StatusCode != status {
-			t.Errorf("a header of %d bytes: %v, %v; want %d", size, answer, err, status)
+	address := server.Listener.Addr().String()
+	statusOf := func(r *http.Request) string { return exchange(address, r)[:3] }
+	check(t, "a header below 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16000))), "200")
+	check(t, "a header above 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16500))), "431")
+	check(t, "a body above 16 KiB", statusOf(post("/dialstatus/", aText(16<<10+1))), "413")
+	check(t, "time for a header", server.Config.ReadHeaderTimeout, 5*time.Second)
+	check(t, "time for a request", server.Config.ReadTimeout, 10*time.Second)
+	check(t, "time for an answer", server.Config.WriteTimeout, 15*time.Second)
+	check(t, "time for an idle connection", server.Config.IdleTimeout, 620*time.Second)
+}
+
+// A panic ends the connection, not the server. The stack is in one record, and
+// the client does not see it.
+func TestPanic(t *testing.T) {
+	app := newTestApp(t)
+	server := httptest.NewUnstartedServer(nil)
+	server.Config = newServer(app.app)
+	app.log = nil // so that a report panics
+	server.Start()
+	for range 2 {
+		answer, err := http.Post(server.URL+"/dialstatus", "application/x-www-form-urlencoded", nil)
+		if err == nil {
+			answer.Body.Close()
 		}
+		check(t, "no answer", errors.Is(err, io.EOF), true)
 	}
-	got := []time.Duration{server.Config.ReadHeaderTimeout, server.Config.ReadTimeout,
-		server.Config.WriteTimeout, server.Config.IdleTimeout}
-	want := []time.Duration{5 * time.Second, 10 * time.Second, 15 * time.Second, 620 * time.Second}
-	if !slices.Equal(got, want) {
-		t.Errorf("header, request, answer, idle: %v, want %v", got, want)
+	server.Close()
+	stacks := records(app.logged.String())
+	check(t, "records", len(stacks), 2)
+	for _, stack := range stacks {
+		check(t, "beginning of the record", stack[:min(len(stack), 50)],
+			`"level":"ERROR","msg":"http: panic serving 127.0.0.1:`[:50])
+		check(t, "the stack is in the record", strings.Contains(stack, "handleAnswer"), true)
 	}
 }
 
-// pipe takes as many bytes of each Write as it says, and then everything.
-type pipe struct {
-	bytes.Buffer
-	takes []int
-}
-
-func (p *pipe) Write(record []byte) (int, error) {
-	if len(p.takes) == 0 {
-		return p.Buffer.Write(record)
-	}
-	n := p.takes[0]
-	p.takes = p.takes[1:]
-	p.Buffer.Write(record[:n])
-	return n, errors.New("no space left")
-}
-
-// A record that stdout does not take is on stderr, whole, behind the cause.
+// A record that stdout does not accept is on stderr, after the cause.
 func TestLogWriter(t *testing.T) {
 	for _, test := range []struct {
 		name           string
-		takes          []int
+		accepted       []int // how many bytes each write to stdout accepts; then all
 		stdout, stderr string
 	}{
-		{"full, then not", []int{0, 0}, "three\n", "!one\n!two\n"},
-		{"half a record", []int{2}, "on\ntwo\nthree\n", "!one\n"},
-		{"half a record, then none", []int{2, 0}, "on\nthree\n", "!one\n!two\n"},
-		{"two halves", []int{2, 3}, "on\ntw\nthree\n", "!one\n!two\n"},
-		{"half a record, then the end of its line", []int{2, 1}, "on\nthree\n", "!one\n!two\n"},
-		{"all but the end of its line", []int{3}, "one\ntwo\nthree\n", "!one\n"},
+		{name: "nothing is accepted, twice", accepted: []int{0, 0},
+			stdout: "three\n", stderr: "CAUSE one\nCAUSE two\n"},
+		{name: "a part, then nothing", accepted: []int{2, 0},
+			stdout: "on\nthree\n", stderr: "CAUSE one\nCAUSE two\n"},
+		{name: "all but the line feed", accepted: []int{3},
+			stdout: "one\ntwo\nthree\n", stderr: "CAUSE one\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			stdout, stderr := &pipe{takes: test.takes}, new(pipe)
-			log := &logWriter{stdout: stdout, stderr: stderr}
+			stdout, stderr := &limitedWriter{accepted: test.accepted}, new(limitedWriter)
+			writer := &logWriter{stdout: stdout, stderr: stderr}
 			for _, record := range []string{"one\n", "two\n", "three\n"} {
-				if n, err := io.WriteString(log, record); n != len(record) || err != nil {
-					t.Errorf("%q: %d, %v", record, n, err)
-				}
+				n, err := io.WriteString(writer, record)
+				check(t, "bytes", n, len(record))
+				check(t, "error", err, nil)
 			}
-			const cause = `{"level":"ERROR","msg":"stdout failed","cause":"no space left"}` + "\n"
-			got := strings.ReplaceAll(timeKey.ReplaceAllString(stderr.String(), ""), cause, "!")
-			if stdout.String() != test.stdout || got != test.stderr {
-				t.Errorf("stdout %q, stderr %q; want %q, %q", stdout, got, test.stdout, test.stderr)
-			}
+			check(t, "stdout", stdout.String(), test.stdout)
+			const cause = `"level":"ERROR","msg":"stdout failed","cause":"no space left"}`
+			stderrLines := strings.Join(records(stderr.String()), "\n") + "\n"
+			stderrLines = strings.ReplaceAll(stderrLines, cause+"\n", "CAUSE ")
+			check(t, "stderr", stderrLines, test.stderr)
 		})
-	}
-	both := &logWriter{stdout: &pipe{takes: []int{0}}, stderr: &pipe{takes: []int{0, 0}}}
-	if _, err := io.WriteString(both, "one\n"); err == nil {
-		t.Error("both fail: no error, and the record is nowhere")
 	}
 }
 
-// Strangers get no 5xx, and XML that is well-formed; each leaves one record. What
-// is unsigned where a token is set is not answered, what is signed not forbidden.
-func Fuzz(f *testing.F) {
-	for _, form := range []string{ringingCall, endedLeg, endedCall, endedDial, "DialStatus=%zz;&="} {
-		f.Add(true, form, urlencoded, "", "h", "HTTPS, x", "a, b", "c2lnbmVk,", "1", "Basic Og==")
-		f.Add(false, form, "", "a=b&a=a&=", "[::1]:80", "", "<\"\xff&", " ,", ".", "Basic !")
+// limitedWriter accepts the first bytes of each write, as a full disk does.
+type limitedWriter struct {
+	bytes.Buffer
+	accepted []int
+}
+
+func (w *limitedWriter) Write(record []byte) (int, error) {
+	if len(w.accepted) == 0 {
+		return w.Buffer.Write(record)
 	}
-	open := newTestApp(f)
-	closed := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin)
-	configured := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PUBLIC_URL="+publicURL)
+	n := w.accepted[0]
+	w.accepted = w.accepted[1:]
+	w.Buffer.Write(record[:n])
+	return n, errors.New("no space left")
+}
+
+// Whatever strangers send: no answer is a 5xx, XML is well-formed, and there is
+// one record. If a token is set, only a request that is signed is served.
+func Fuzz(f *testing.F) {
+	f.Add(true, endedDial, "application/x-www-form-urlencoded", "", "h", "HTTPS, x", "a, b",
+		"c2lnbmVk,", "1", "Basic Og==")
+	f.Add(false, endedLeg, "application/x-www-form-urlencoded", "a=b&a=a&=", "[::1]:80", "",
+		"<\"\xff&", " ,", ".", "Basic !")
+	f.Add(true, "DialStatus=%zz;&=", "", "", "", "", "", "", "", "")
+	withoutToken := newTestApp(f)
+	withLogin := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin)
+	withToken := newTestApp(f, "PLIVO_AUTH_TOKEN="+testToken, "PUBLIC_URL="+publicURL)
 	f.Fuzz(func(t *testing.T, isAction bool, body, contentType, query, host, proto, forwardedHost,
 		signature, nonce, login string) {
-		path := map[bool]string{false: "/dialstatus/", true: "/dialstatus/action/"}[isAction]
+		path := "/dialstatus/"
+		if isAction {
+			path = "/dialstatus/action/"
+		}
 		target, err := url.ParseRequestURI(path + "?" + query)
 		if err != nil {
-			t.Skip("net/http refuses it")
+			t.Skip("net/http refuses this URL")
 		}
-		send := func(app *testApp, headers ...string) (status int) {
+		status := func(app *testApp, headers ...string) int {
 			r := post(path, body, headers...)
 			r.URL = target
-			answer, log := app.send(r)
-			if answer.Code >= 500 || strings.Count(log, "\n") != 1 || !json.Valid([]byte(log)) {
-				t.Errorf("%d %s\nlog: %s", answer.Code, answer.Body, log)
+			answer := app.send(r)
+			if answer.Code >= 500 || !json.Valid(app.logged.Bytes()) {
+				t.Errorf("%d %s\nrecord: %s", answer.Code, answer.Body, &app.logged)
 			}
 			var response struct {
 				XMLName xml.Name `xml:"Response"`
@@ -843,313 +721,287 @@ func Fuzz(f *testing.F) {
 			return answer.Code
 		}
 		headers := []string{"Content-Type: " + contentType, "Host: " + host,
-			"X-Forwarded-Proto: " + proto, "X-Forwarded-Host: " + forwardedHost, v3 + ": " + signature,
-			maV3 + ": " + signature, v3Nonce + ": " + nonce, "Authorization: " + login}
-		send(open, headers...)
-		if send(closed, headers...) == 200 {
-			t.Error("answered without a signature")
+			"X-Forwarded-Proto: " + proto, "X-Forwarded-Host: " + forwardedHost, v3Header + signature,
+			v3MainHeader + signature, v3NonceHeader + nonce, "Authorization: " + login}
+		status(withoutToken, headers...)
+		if status(withLogin, headers...) == 200 {
+			t.Error("served without a signature or login")
 		}
-		signature = sign(testToken, publicURL+path+"?"+target.RawQuery, body, testNonce)
-		if send(configured, v3+": "+signature, v3Nonce+": "+testNonce) == 403 {
-			t.Error("forbidden though signed")
+		signature = plivoSignature(testToken, publicURL+path+"?"+target.RawQuery, body, testNonce)
+		if status(withToken, v3Header+signature, v3NonceHeader+testNonce) == 403 {
+			t.Error("not served though it is signed")
 		}
 	})
 }
 
-// TestMain lets the test binary be the server itself, until its stdin is closed.
-func TestMain(m *testing.M) {
-	if os.Getenv("TEST_SERVER") == "" {
-		flag.Set("test.parallel", "8") // these tests mostly wait
-		os.Exit(m.Run())
-	}
-	go func() {
-		io.Copy(io.Discard, os.Stdin)
-		os.Exit(3)
-	}()
-	main()
-}
+// The tests below start the server as a process of its own, with real signals.
 
-// process is a server that runs, or has run.
-type process struct {
-	*exec.Cmd
-	address        string
-	stdout, stderr *os.File
-	ended          chan error
-}
+const probeOK = "200 dialstatus is running: the answer URL is /dialstatus/\n"
 
-// text is what has been written to a file.
-func text(file *os.File) string {
-	text, _ := os.ReadFile(file.Name())
-	return string(text)
-}
-
-// newFile is an empty file.
-func newFile(t *testing.T) *os.File {
-	file, _ := os.CreateTemp(t.TempDir(), "")
-	return file
-}
-
-// launch starts the test binary as a server, on a free port unless the
-// variables say otherwise, and with this stdout unless it is nil.
-func launch(t *testing.T, stdout *os.File, argument string, variables ...string) *process {
-	p := &process{Cmd: exec.Command(os.Args[0], strings.Fields(argument)...), stdout: newFile(t),
-		stderr: newFile(t), ended: make(chan error, 1)}
-	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0", "GOCOVERDIR=" + t.TempDir(),
-		"GORACE=atexit_sleep_ms=0"}, variables...)
-	p.Stdout, p.Stderr = cmp.Or(stdout, p.stdout), p.stderr
-	_, err := p.StdinPipe()
-	if err := errors.Join(err, p.Start()); err != nil {
-		t.Fatal(err)
-	}
-	go func() { p.ended <- p.Wait() }()
-	t.Cleanup(func() { p.Process.Kill() })
-	time.AfterFunc(20*time.Second, func() { p.Process.Kill() }) // a test fails, and does not hang
-	return p
-}
-
-// start launches a server, and waits until it listens.
-func start(t *testing.T, stdout *os.File, variables ...string) *process {
-	p := launch(t, stdout, "", variables...)
-	listens := regexp.MustCompile(`"msg":"listening","address":"(.*)"`)
-	for range 2000 {
-		if found := listens.FindStringSubmatch(text(p.stdout) + text(p.stderr)); found != nil {
-			p.address = found[1]
-			return p
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	t.Fatalf("it does not listen: %s", text(p.stderr))
-	return nil
-}
-
-// client is a connection to a server.
-type client struct {
-	net.Conn
-	*bufio.Reader
-}
-
-func (p *process) dial(t *testing.T) client {
-	conn, err := net.Dial("tcp", p.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return client{conn, bufio.NewReader(conn)}
-}
-
-// head is the header of a request, which waits until the server has read it.
-var head = fmt.Sprintf("POST /dialstatus/action/ HTTP/1.1\r\nHost: h\r\nContent-Type: "+urlencoded+
-	"\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", len(endedDial))
-
-// send sends the header or the body of a request, and checks the answer.
-func (c client) send(t *testing.T, part, want string) {
-	t.Helper()
-	io.WriteString(c.Conn, part)
-	answer, err := http.ReadResponse(c.Reader, nil)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	body, _ := io.ReadAll(answer.Body)
-	if got := fmt.Sprint(answer.StatusCode, " ", answer.Close, " ", string(body)); got != want {
-		t.Errorf("answer: %s, want %s", got, want)
-	}
-}
-
-const ( // what send wants: the status, whether the connection closes, the body
-	goOn   = "100 false "
-	stays  = "200 false " + hangsUp
-	closes = "200 true " + hangsUp
-)
-
-func TestServer(t *testing.T) {
-	warn := func(text string) string { return logged(slog.LevelWarn, text) }
-	example := warn("DIAL_TO is not set, or is the example: nobody will answer")
-	open := warn("PLIVO_AUTH_TOKEN is not set: anyone is answered, with PHLO_BASIC_AUTH or without")
-	for name, test := range map[string]struct{ variables, warnings []string }{
-		"as it is":    {nil, []string{example, open}},
-		"the example": {[]string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"}, []string{example}},
-		"only PHLO's": {[]string{"DIAL_TO=+12025550143", "PHLO_BASIC_AUTH=a:b"}, []string{open}},
-		"production": {[]string{"DIAL_TO=+12025550123,+12025550143", "PLIVO_AUTH_TOKEN=x",
-			"PUBLIC_URL=https://h", "MARTINI_ENV=production"}, nil},
+func TestStartRecords(t *testing.T) {
+	const (
+		exampleNumberWarning = "DIAL_TO is not set, or is the example number: no real number will be dialled"
+		noTokenWarning       = "PLIVO_AUTH_TOKEN is not set: every request is accepted. " +
+			"PHLO_BASIC_AUTH alone protects nothing"
+	)
+	for _, test := range []struct {
+		name                string
+		variables, warnings []string
+	}{
+		{name: "nothing is set", warnings: []string{exampleNumberWarning, noTokenWarning}},
+		{name: "only PHLO's login", variables: []string{"DIAL_TO=+12025550143", "PHLO_BASIC_AUTH=a:b"},
+			warnings: []string{noTokenWarning}},
+		{name: "production", variables: []string{"DIAL_TO=+12025550123,+12025550143",
+			"PLIVO_AUTH_TOKEN=x", "PUBLIC_URL=https://h", "MARTINI_ENV=production", "LISTEN_PID=1"}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			server := start(t, nil, test.variables...)
-			listens := logged(slog.LevelInfo, "listening", "address", server.address)
-			if answer, err := http.Get("http://" + server.address); err != nil || answer.StatusCode != 200 {
-				t.Errorf("answer: %v, %v", answer, err)
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			server := start(t, process{variables: test.variables})
+			want := []string{record(slog.LevelInfo, "listening", "address", server.address)}
+			for _, warning := range test.warnings {
+				want = append(want, record(slog.LevelWarn, warning))
 			}
-			want := append([]string{listens}, test.warnings...)
-			if got := lines(text(server.stdout)); !slices.Equal(got, want) {
-				t.Errorf("log: %q, want %q", got, want)
-			}
+			check(t, "probe", get(server.address), probeOK)
+			check(t, "log", strings.Join(records(content(server.stdout)), "\n"), strings.Join(want, "\n"))
 		})
 	}
 }
 
-// The process ends with a status, and says why on stderr.
+const help = `dialstatus takes no arguments. These variables configure it:
+
+DIAL_TO (default "+12025550123")
+    E.164 numbers (country code first) and sip: URIs to dial, separated by commas
+
+CALLER_ID (default "")
+    the number that the called phone shows, an E.164 number of your Plivo account
+
+DIAL_TIMEOUT (default "")
+    the time for which phones ring, in whole seconds, at least 1
+
+PUBLIC_URL (default "")
+    the http or https URL at which Plivo reaches this server, without /dialstatus/
+
+CALLBACK_CONFIG (default "")
+    rules by which Plivo repeats a report that failed, such as rc=3&rp=5xx,ct,rt
+
+HOST (default "")
+    the name or IP address at which the server listens, without a port
+
+PORT (default "8080")
+    the number of the port at which the server listens, or 0 for any free port
+
+PLIVO_AUTH_TOKEN (default "")
+    the auth token with which Plivo signs requests, without quotes or white space
+
+PHLO_BASIC_AUTH (default "")
+    user:password that PHLO sends instead of a signature, without quotes around it
+
+MARTINI_ENV (default "development")
+    development, test or production (needs DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN)
+`
+
 func TestServerDoesNotStart(t *testing.T) {
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	_, port, _ := net.SplitHostPort(taken.Addr().String())
-	help := "dialstatus takes no arguments. These variables configure it:\n"
-	for _, v := range variables[:len(variables)-1] {
-		help += fmt.Sprintf("\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.want)
-	}
-	help += "\nMARTINI_ENV (default \"development\")\n    development, test or production\n"
+	occupied, _ := listenerAndSocket(t)
+	_, port, _ := net.SplitHostPort(occupied.Addr().String())
+	client := must(net.Dial("tcp", occupied.Addr().String()))
+	defer client.Close()
+	notListening := must(client.(*net.TCPConn).File())
+	defer notListening.Close()
+	const listenError = "HOST and PORT, or the socket of systemd: "
 	for _, test := range []struct {
-		argument, variable string
-		status             int
-		stderr             string
+		name   string
+		server process
+		status int
+		stderr string
 	}{
-		{"-h", "", 0, help},
-		{"PLIVO_AUTH_TOKEN=s3cret", "", 2, help},
-		{"-s3cret", "", 2, help},
-		{"---s3cret", "", 2, help},
-		{"", "PORT=http", 1, "PORT \"http\": want a port number\n"},
-		{"", "PORT=" + port, 1, "HOST and PORT: listen tcp 127.0.0.1:" + port +
-			": bind: address already in use\n"},
-		{"", "PORT=65536", 1, "HOST and PORT: listen tcp: address 65536: invalid port\n"},
+		{name: "help", server: process{argument: "-h"}, status: 0, stderr: help},
+		{name: "an argument", server: process{argument: "PLIVO_AUTH_TOKEN=s3cret"}, status: 2, stderr: help},
+		{name: "an option", server: process{argument: "-s3cret"}, status: 2, stderr: help},
+		{name: "a bad value", server: process{variables: []string{"PORT=http"}}, status: 1,
+			stderr: "PORT \"http\": it must be the number of the port at which the server listens, " +
+				"or 0 for any free port\n"},
+		{name: "the port is in use", server: process{variables: []string{"PORT=" + port}}, status: 1,
+			stderr: listenError + "listen tcp 127.0.0.1:" + port + ": bind: address already in use\n"},
+		{name: "the socket of systemd is a file", server: process{socket: emptyFile(t)}, status: 1,
+			stderr: listenError + "file file+net socket of systemd: getsockopt: " +
+				"socket operation on non-socket\n"},
+		{name: "the socket of systemd does not listen", server: process{socket: notListening}, status: 1,
+			stderr: "accept tcp " + client.LocalAddr().String() + ": accept4: invalid argument\n"},
 	} {
-		p := launch(t, nil, test.argument, test.variable)
-		<-p.ended
-		got := fmt.Sprint(p.ProcessState.ExitCode(), text(p.stdout), text(p.stderr))
-		if want := fmt.Sprint(test.status, "", test.stderr); got != want {
-			t.Errorf("%s%s: got %s, want %s", test.argument, test.variable, got, want)
-		}
+		t.Run(test.name, func(t *testing.T) {
+			server := launch(t, test.server)
+			<-server.ended
+			check(t, "status", server.ProcessState.ExitCode(), test.status)
+			check(t, "stderr", content(server.stderr), test.stderr)
+			check(t, "the same on stdout", strings.Contains(content(server.stdout), test.stderr), false)
+		})
 	}
 }
 
-// A panic ends its connection, not the server, and its stack is one record.
-func TestPanic(t *testing.T) {
-	log := newFile(t)
-	server := httptest.NewUnstartedServer(nil)
-	app := newApp(config{}, slog.New(slog.NewJSONHandler(log, nil)))
-	server.Config = newServer(app)
-	app.log = nil // so that a report panics
-	server.Start()
-	defer server.Close()
-	for range 2 {
-		if _, err := http.Post(server.URL+"/dialstatus", urlencoded, nil); !errors.Is(err, io.EOF) {
-			t.Errorf("answered, or not by the server: %v", err)
-		}
-	}
-	if got := lines(text(log)); len(got) != 2 || !strings.Contains(got[1], ".report(") ||
-		!strings.HasPrefix(got[1], `{"level":"ERROR","msg":"http: panic serving`) {
-		t.Errorf("log: %q", got)
-	}
-}
-
-// A report is never lost, and no caller with it, whatever becomes of stdout.
+// A report is not lost, and the call goes on, when stdout fails.
 func TestStdoutFails(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
-		t.Skip("this system has none that is always full: ", err)
+		t.Skip("this system has no device that is always full: ", err)
 	}
-	reader, writer, _ := os.Pipe()
+	defer full.Close()
+	reader, closed := pipe(t)
 	reader.Close()
-	for cause, stdout := range map[string]*os.File{"no space left": full, "broken pipe": writer} {
-		server := start(t, stdout) // its first record is on stderr
-		client := server.dial(t)
-		client.send(t, head, goOn)
-		client.send(t, endedDial, stays)
-		if log := text(server.stderr); strings.Count(log, cause) < 2 || !strings.Contains(log, `"dial"`) {
-			t.Errorf("%s: stderr: %s", cause, log)
-		}
+	for cause, stdout := range map[string]*os.File{"no space left": full, "broken pipe": closed} {
+		t.Run(cause, func(t *testing.T) {
+			server := start(t, process{output: stdout})
+			client := server.connect(t)
+			client.sendHeader(t)
+			client.sendBody(t, staysOpen)
+			stderr := content(server.stderr)
+			check(t, "reports on stderr", strings.Count(stderr, `"msg":"dial"`), 1)
+			check(t, "causes on stderr", strings.Count(stderr, cause), strings.Count(stderr, "\n")/2)
+		})
 	}
 }
 
-// Who drips a request is cut off, and told so where it is the body.
+// A client that sends too slowly is cut off: after 5 s in the header, and after
+// 10 s in the body, with an answer.
 func TestSlowClients(t *testing.T) {
 	t.Parallel()
-	server := start(t, nil)
-	drip := func(sent string) (after time.Duration, answer string) {
-		client, began := server.dial(t), time.Now()
-		io.WriteString(client.Conn, sent)
-		time.AfterFunc(4*time.Second, func() { io.WriteString(client.Conn, "a") })
-		bytes, _ := io.ReadAll(client.Reader)
-		return time.Since(began).Round(time.Second), string(bytes)
-	}
-	header := make(chan time.Duration)
-	go func() {
-		after, _ := drip(head[:50])
-		header <- after
-	}()
-	after, answer := drip(head)
-	if header := <-header; header != 5*time.Second || after != 10*time.Second {
-		t.Errorf("a header is cut off after %v, a body after %v", header, after)
-	}
-	if !strings.HasPrefix(answer, "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 Bad Request\r\n") {
-		t.Errorf("answer: %q", answer)
+	server := start(t, process{})
+	for _, test := range []struct{ sent, cutOffAfter, answer string }{
+		{sent: requestHeader[:50], cutOffAfter: "5s", answer: ""},
+		{sent: requestHeader, cutOffAfter: "10s",
+			answer: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 Bad Request\r\n"},
+	} {
+		t.Run(test.cutOffAfter, func(t *testing.T) {
+			t.Parallel()
+			client, began := server.connect(t), time.Now()
+			io.WriteString(client, test.sent)
+			time.AfterFunc(4*time.Second, func() { io.WriteString(client, "a") })
+			answer, _ := io.ReadAll(client.reader)
+			check(t, "time", time.Since(began).Round(time.Second).String(), test.cutOffAfter)
+			check(t, "answer", string(answer[:min(len(answer), len(test.answer))]), test.answer)
+		})
 	}
 }
 
-// What is open at a signal is answered, though it comes after the listener has
-// closed, or its body comes later still. What never comes is not waited for.
+// After a signal, requests that have begun are answered, and so are requests
+// that begin before the server has stopped. Supervisors may repeat a signal.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
 		t.Run(signal.String(), func(t *testing.T) {
 			t.Parallel()
-			server := start(t, nil)
-			never, slow, idle := server.dial(t), server.dial(t), server.dial(t)
-			never.send(t, head, goOn)
-			slow.send(t, head, goOn)
-			idle.send(t, head, goOn)
-			idle.send(t, endedDial, stays)
+			server := start(t, process{})
+			unfinished, late, kept := server.connect(t), server.connect(t), server.connect(t)
+			unfinished.sendHeader(t)
+			late.sendHeader(t)
+			kept.sendHeader(t)
+			kept.sendBody(t, staysOpen)
+
 			signalled := time.Now()
-			server.Process.Signal(signal)
-			time.Sleep(500 * time.Millisecond)
-			idle.send(t, head, goOn)
-			idle.send(t, endedDial, closes)
-			late := server.dial(t)
-			for err := error(nil); err == nil; time.Sleep(10 * time.Millisecond) {
-				_, err = net.Dial("tcp", server.address) // until it is closed
-			}
-			if closed := time.Since(signalled); closed < time.Second {
-				t.Errorf("it listened for only %v", closed)
-			}
-			late.send(t, head, goOn)
-			late.send(t, endedDial, closes)
-			time.Sleep(1700 * time.Millisecond)
-			slow.send(t, endedDial, closes)
-			err, took := <-server.ended, time.Since(signalled)
-			if err != nil || text(server.stderr) != "" || took > 4*time.Second {
-				t.Errorf("after %v: %v, stderr: %s", took, err, text(server.stderr))
-			}
-			if n := strings.Count(text(server.stdout), `"msg":"dial"`); n != 4 {
-				t.Errorf("%d of 4 reports: %s", n, text(server.stdout))
-			}
+			waitFor(t, "the record of the stop", func() bool {
+				server.Process.Signal(signal)
+				return strings.Contains(content(server.stdout), `"level":"INFO","msg":"stopping"`)
+			})
+			kept.sendHeader(t)
+			kept.sendBody(t, closes)
+			probe := server.connect(t)
+			io.WriteString(probe, "GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+			probe.checkAnswer(t, probeOK, closes)
+
+			newest := server.connect(t)
+			waitFor(t, "the listener to close", func() bool { return !canConnect(server.address) })
+			check(t, "it listened for a second", time.Since(signalled) >= time.Second, true)
+			newest.sendHeader(t)
+			newest.sendBody(t, closes)
+
+			time.Sleep(time.Until(signalled.Add(2900 * time.Millisecond)))
+			late.sendBody(t, closes)
+			<-server.ended
+			check(t, "it ended within 4 s", time.Since(signalled) < 4*time.Second, true)
+			check(t, "status", server.ProcessState.String(), "exit status 0")
+			check(t, "stderr", content(server.stderr), "")
+			stdout := content(server.stdout)
+			check(t, "reports", strings.Count(stdout, `"msg":"dial"`), 4)
+			check(t, "last record", records(stdout)[len(records(stdout))-1], record(slog.LevelWarn,
+				"some connections are cut off: their requests were not finished",
+				"cause", context.DeadlineExceeded))
 		})
 	}
 }
 
-// A second signal does not wait for a request that is under way.
-func TestSecondSignal(t *testing.T) {
+// systemd holds the socket: a call that comes while no process runs is answered
+// by the next process. HOST and PORT are not used.
+func TestSocketOfSystemd(t *testing.T) {
 	t.Parallel()
-	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
-		t.Run(signal.String(), func(t *testing.T) {
-			t.Parallel()
-			server, began := start(t, nil), time.Now()
-			server.dial(t).send(t, head, goOn)
-			var err error
-			for ; err == nil; time.Sleep(50 * time.Millisecond) {
-				err = server.Process.Signal(signal) // until there is none
+	listener, socket := listenerAndSocket(t)
+	first := start(t, process{socket: socket})
+	check(t, "address", first.address, listener.Addr().String())
+	first.checkEndAfterSignal(t, "exit status 0", time.Second)
+	client := first.connect(t)
+	io.WriteString(client, requestHeader)
+	second := start(t, process{socket: socket})
+	client.checkAnswer(t, "100 ", staysOpen)
+	client.sendBody(t, staysOpen)
+	check(t, "reports of the second process",
+		strings.Count(content(second.stdout), `"msg":"dial"`), 1)
+}
+
+// A pipe that nobody reads gets full. Then records wait, and requests wait for
+// the records. The probe says so, and a signal ends the process in spite of it.
+func TestFullPipe(t *testing.T) {
+	t.Parallel()
+	reader, stdout := pipe(t)
+	listener, socket := listenerAndSocket(t)
+	server := launch(t, process{output: stdout, socket: socket})
+	server.address = listener.Addr().String()
+
+	// fill sends reports until one gets no answer, and returns how many it sent.
+	impatient := http.Client{Timeout: 500 * time.Millisecond}
+	fill := func() (sent int) {
+		for {
+			sent++
+			answer, err := impatient.PostForm("http://"+server.address+"/dialstatus/",
+				url.Values{"From": {aText(256)}, "To": {aText(256)}})
+			if err != nil {
+				return sent
 			}
-			if err := <-server.ended; err == nil || time.Since(began) >= time.Second {
-				t.Errorf("waited for the request: %v", err)
-			}
-		})
+			answer.Body.Close()
+		}
 	}
+	sent := fill()
+	stuckSince := time.Now().Add(-impatient.Timeout)
+	check(t, "probe at first", get(server.address), probeOK)
+	waitFor(t, "another answer to the probe", func() bool { return get(server.address) != probeOK })
+	check(t, "probe", get(server.address), "503 the log accepts no records\n")
+	check(t, "time until then", time.Since(stuckSince).Round(time.Second), 4*time.Second)
+
+	reader.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	logged, _ := io.ReadAll(reader)
+	check(t, "reports that were read", strings.Count(string(logged), `"msg":"call"`), sent)
+	check(t, "probe when the pipe has been read", get(server.address), probeOK)
+
+	fill()
+	server.checkEndAfterSignal(t, "exit status 1", 4*time.Second)
+}
+
+// The first record waits, too: then the server has not begun to serve.
+func TestFullPipeAtStart(t *testing.T) {
+	t.Parallel()
+	_, stdout := pipe(t)
+	stdout.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	stdout.Write(make([]byte, 1<<20)) // more than a pipe holds
+
+	listener := must(net.Listen("tcp", "127.0.0.1:0"))
+	listener.Close() // so that its port is free
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	server := launch(t, process{output: stdout, variables: []string{"PORT=" + port}})
+	waitFor(t, "the server to listen", func() bool { return canConnect(listener.Addr().String()) })
+	server.checkEndAfterSignal(t, "exit status 1", 4*time.Second)
 }
 
 // guideApp is the app as Plivo's guide writes it.
-func guideApp(logs io.Writer) http.Handler {
+func guideApp(requestLog io.Writer) http.Handler {
 	m := martini.Classic()
-	m.Logger(log.New(logs, "[martini] ", 0))
+	m.Logger(log.New(requestLog, "[martini] ", 0))
 	m.Post("/dialstatus/", func(w http.ResponseWriter, r *http.Request) string {
 		w.Header().Set("Content-Type", "application/xml")
 		response := plivoxml.ResponseElement{Contents: []interface{}{
@@ -1166,35 +1018,430 @@ func guideApp(logs io.Writer) http.Handler {
 	return m
 }
 
-// Each route, in the guide's app, in this app, and in this app with a signature
-// to check. x-guide is the time in proportion to the guide's.
+// Benchmark measures a request to each route: in the guide's app, in this app,
+// and in this app with a signature to check. The metric x-guide is the time as
+// a multiple of the time of the guide's app.
 func Benchmark(b *testing.B) {
-	discard := struct{ io.Writer }{io.Discard} // for io.Discard itself, log formats nothing
-	open := newTestApp(b, "PUBLIC_URL="+publicURL).app
-	closed := newTestApp(b, "PUBLIC_URL="+publicURL, "PLIVO_AUTH_TOKEN="+testToken).app
-	open.log = slog.New(slog.NewJSONHandler(discard, nil))
-	closed.log = open.log
+	// Package log formats nothing for io.Discard, so the writer hides it.
+	discard := struct{ io.Writer }{io.Discard}
+	withoutToken := newTestApp(b, "PUBLIC_URL="+publicURL)
+	withToken := newTestApp(b, "PUBLIC_URL="+publicURL, "PLIVO_AUTH_TOKEN="+testToken)
+	withoutToken.output.stdout = discard
+	withToken.output.stdout = discard
 	for _, route := range []struct{ name, path, form string }{
-		{"answer", "/dialstatus/", ringingCall},
-		{"action", "/dialstatus/action", endedDial},
+		{name: "answer", path: "/dialstatus/", form: newCall},
+		{name: "action", path: "/dialstatus/action", form: endedDial},
 	} {
-		var guide float64
-		for i, app := range []http.Handler{guideApp(discard), open, closed} {
-			name := []string{"guide", "dialstatus", "dialstatus-signed"}[i]
-			b.Run(route.name+"/"+name, func(b *testing.B) {
-				request, writer := signed(route.path, route.form), new(httptest.ResponseRecorder)
+		var guideTime float64
+		for _, app := range []struct {
+			name    string
+			handler http.Handler
+		}{
+			{name: "guide", handler: guideApp(discard)},
+			{name: "dialstatus", handler: withoutToken},
+			{name: "dialstatus-signed", handler: withToken},
+		} {
+			b.Run(route.name+"/"+app.name, func(b *testing.B) {
+				request := signedPost(route.path, route.form)
+				w := new(httptest.ResponseRecorder) // without a body to write to
 				b.ReportAllocs()
 				for b.Loop() {
 					r := *request
 					r.Form, r.PostForm, r.Body = nil, nil, io.NopCloser(strings.NewReader(route.form))
-					app.ServeHTTP(writer, &r) // the writer keeps no body
+					app.handler.ServeHTTP(w, &r)
 				}
-				perOp := float64(b.Elapsed()) / float64(b.N)
-				if i == 0 {
-					guide = perOp
+				nsPerOp := float64(b.Elapsed()) / float64(b.N)
+				if app.name == "guide" {
+					guideTime = nsPerOp
 				}
-				b.ReportMetric(perOp/guide, "x-guide")
+				b.ReportMetric(nsPerOp/guideTime, "x-guide")
 			})
 		}
 	}
+}
+
+// The helpers of the tests.
+
+// aText returns a text of n bytes: aText(3) is "aaa".
+func aText(n int) string { return strings.Repeat("a", n) }
+
+// replaceField returns a form with another value of a field:
+// replaceField("a=1&b=2", "b", "3") is "a=1&b=3".
+func replaceField(form, name, value string) string {
+	return regexp.MustCompile(`\b`+name+`=[^&]*`).ReplaceAllLiteralString(form, name+"="+value)
+}
+
+// farewell returns the document that says a sentence and hangs up.
+func farewell(sentence string) string {
+	return `<Response><Speak>` + sentence + `</Speak><Hangup></Hangup></Response>`
+}
+
+// post returns a form post, such as post("/dialstatus/", "a=1", "Host: h"). A
+// header that is given twice is sent on two lines.
+func post(target, form string, headers ...string) *http.Request {
+	r := httptest.NewRequest(http.MethodPost, target, strings.NewReader(form))
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		if name == "Host" {
+			r.Host = value
+		} else {
+			r.Header.Add(name, value)
+		}
+	}
+	if r.Header["Content-Type"] == nil {
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	return r
+}
+
+// chunked returns a request whose body is sent in chunks, without its length.
+func chunked(r *http.Request) *http.Request {
+	r.ContentLength = -1
+	r.TransferEncoding = []string{"chunked"}
+	return r
+}
+
+// postWithLogin returns the post of PHLO's HTTP Request node with Basic Auth.
+func postWithLogin(user, password string) *http.Request {
+	r := post("/dialstatus/action/", endedDial)
+	r.SetBasicAuth(user, password)
+	return r
+}
+
+// signedPost returns a form post that Plivo signed for publicURL.
+func signedPost(target, form string, headers ...string) *http.Request {
+	signature := plivoSignature(testToken, publicURL+target, form, testNonce)
+	return post(target, form, append(headers, v3NonceHeader+testNonce, v3Header+signature)...)
+}
+
+// plivoSignature returns the signature V3 of a POST, as Plivo describes it. The
+// signed text of https://h/?b=2&a=1 with the form d=4&c=3 and the nonce 5 is
+// "https://h/?a=1&b=2.c3d4.5".
+func plivoSignature(authToken, calledURL, form, nonce string) string {
+	sortedPairs := func(encoded, separator string) (pairs []string) {
+		values, _ := url.ParseQuery(encoded)
+		for _, name := range slices.Sorted(maps.Keys(values)) {
+			for _, value := range slices.Sorted(slices.Values(values[name])) {
+				pairs = append(pairs, name+separator+value)
+			}
+		}
+		return pairs
+	}
+	text, encodedQuery, _ := strings.Cut(calledURL, "?")
+	query, fields := sortedPairs(encodedQuery, "="), sortedPairs(form, "")
+	if len(query) > 0 || len(fields) > 0 {
+		text += "?" + strings.Join(query, "&")
+	}
+	if len(query) > 0 && len(fields) > 0 {
+		text += "."
+	}
+	return hmacBase64(authToken, text+strings.Join(fields, "")+"."+nonce)
+}
+
+// hmacBase64 returns the HMAC-SHA256 of a text in base64.
+func hmacBase64(key, text string) string {
+	mac := hmac.New(sha256.New, []byte(key))
+	mac.Write([]byte(text))
+	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// must returns a value that a test needs, and ends all tests if there is none.
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
+}
+
+// check reports an error if two values differ.
+func check[T comparable](t testing.TB, name string, got, want T) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s:\n got %v\nwant %v", name, got, want)
+	}
+}
+
+// record returns a line of the log without the time:
+// record(slog.LevelInfo, "call", "From", "1") is
+// "level":"INFO","msg":"call","From":"1"}.
+func record(level slog.Level, message string, attributes ...any) string {
+	var line strings.Builder
+	slog.New(slog.NewJSONHandler(&line, nil)).Log(context.Background(), level, message, attributes...)
+	return records(line.String())[0]
+}
+
+// rejectionRecord returns the record of a request that was rejected.
+func rejectionRecord(r *http.Request, baseURL string, status int, reason string) string {
+	return record(slog.LevelWarn, "rejected", "HTTPStatus", status, "reason", reason,
+		"path", r.URL.Path, "calledURL", baseURL+r.URL.RequestURI(), "peer", r.RemoteAddr,
+		"X-Forwarded-For", strings.Join(r.Header.Values("X-Forwarded-For"), ", "))
+}
+
+var timeOfRecord = regexp.MustCompile(`(?m)^{"time":"20[^"]+",`)
+
+// records splits a log into its lines, without the time at the beginning.
+func records(logged string) []string {
+	return strings.Split(strings.TrimSuffix(timeOfRecord.ReplaceAllString(logged, ""), "\n"), "\n")
+}
+
+// environment returns a function like os.Getenv, for variables as NAME=value.
+func environment(variables ...string) func(string) string {
+	values := make(map[string]string)
+	for _, variable := range variables {
+		name, value, _ := strings.Cut(variable, "=")
+		values[name] = value
+	}
+	return func(name string) string { return values[name] }
+}
+
+// A testApp is the whole app, with the log and the last answer.
+type testApp struct {
+	*app
+	logged bytes.Buffer
+	answer *httptest.ResponseRecorder
+}
+
+// newTestApp returns an app with variables, such as newTestApp(t, "PORT=0").
+func newTestApp(t testing.TB, variables ...string) *testApp {
+	t.Helper()
+	test := &testApp{answer: httptest.NewRecorder()}
+	test.app = newApp(must(configure(environment(variables...))), &logWriter{stdout: test})
+	return test
+}
+
+// Write gets the records of the app. A record that comes too late is marked.
+func (test *testApp) Write(record []byte) (int, error) {
+	if test.answer.Body.Len() > 0 {
+		test.logged.WriteString("after the answer: ")
+	}
+	return test.logged.Write(record)
+}
+
+// send sends a request to the app, and returns the answer.
+func (test *testApp) send(r *http.Request) *httptest.ResponseRecorder {
+	test.logged.Reset()
+	test.rejectionCount = 0
+	test.answer = httptest.NewRecorder()
+	test.ServeHTTP(test.answer, r)
+	return test.answer
+}
+
+// record returns what the last request left in the log.
+func (test *testApp) record() string { return strings.Join(records(test.logged.String()), "\n") }
+
+// checkXML sends a request, and checks the document in the answer and the
+// beginning of the record.
+func (test *testApp) checkXML(t *testing.T, r *http.Request, document, recordStart string) {
+	t.Helper()
+	answer := test.send(r)
+	check(t, "status", answer.Code, 200)
+	check(t, "content type", answer.Header().Get("Content-Type"), "application/xml")
+	check(t, "document", answer.Body.String(), document)
+	check(t, "record", test.record()[:min(len(test.record()), len(recordStart))], recordStart)
+}
+
+// checkRejection sends a request that is not served, and checks that the answer
+// and the record say why.
+func (test *testApp) checkRejection(t *testing.T, r *http.Request, status int, reason string) {
+	t.Helper()
+	answer := test.send(r)
+	check(t, "status", answer.Code, status)
+	check(t, "content type", answer.Header().Get("Content-Type"), "text/plain; charset=utf-8")
+	check(t, "reason", answer.Body.String(), reason+"\n")
+	check(t, "record", test.record(), rejectionRecord(r, test.baseURL(r), status, reason))
+}
+
+// TestMain lets the binary of the tests be the server, too, if TEST_SERVER is
+// set. The server ends when its stdin is closed, so no server outlives the tests.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_SERVER") == "" {
+		flag.Set("test.parallel", "16") // the parallel tests mostly wait
+		os.Exit(m.Run())
+	}
+	if os.Getenv("TEST_SERVER") == "with socket" { // as systemd does
+		os.Setenv("LISTEN_PID", fmt.Sprint(os.Getpid()))
+	}
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(3)
+	}()
+	main()
+}
+
+// A process is a server: first how to start it, and then what has been started.
+type process struct {
+	argument       string
+	variables      []string
+	socket         *os.File // the socket that systemd passes, if not nil
+	output         *os.File // stdout, if it is not a file of its own
+	stdout, stderr *os.File
+	*exec.Cmd
+	address string
+	ended   chan error
+}
+
+// launch starts a server, on a free port unless the variables say otherwise.
+func launch(t *testing.T, p process) *process {
+	t.Helper()
+	p.stdout, p.stderr = emptyFile(t), emptyFile(t)
+	p.Cmd = exec.Command(os.Args[0], strings.Fields(p.argument)...)
+	p.Cmd.Stdout, p.Cmd.Stderr = cmp.Or(p.output, p.stdout), p.stderr
+	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0", "GOCOVERDIR=" + t.TempDir(),
+		"GORACE=atexit_sleep_ms=0"}, p.variables...)
+	if p.socket != nil {
+		p.Env = append(p.Env, "TEST_SERVER=with socket")
+		p.ExtraFiles = []*os.File{p.socket}
+	}
+	must(p.StdinPipe())
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p.ended = make(chan error, 1)
+	go func() { p.ended <- p.Wait() }()
+	t.Cleanup(func() { p.Process.Kill() })
+	time.AfterFunc(20*time.Second, func() { p.Process.Kill() }) // instead of a test that hangs
+	return &p
+}
+
+// start launches a server, and waits for the record with the address.
+func start(t *testing.T, p process) *process {
+	t.Helper()
+	server := launch(t, p)
+	listening := regexp.MustCompile(`"msg":"listening","address":"(.*)"`)
+	waitFor(t, "the server to listen", func() bool {
+		found := listening.FindStringSubmatch(content(server.stdout) + content(server.stderr))
+		if found != nil {
+			server.address = found[1]
+		}
+		return found != nil
+	})
+	return server
+}
+
+// checkEndAfterSignal sends SIGTERM, and checks how and when the process ends.
+func (p *process) checkEndAfterSignal(t *testing.T, state string, after time.Duration) {
+	t.Helper()
+	signalled := time.Now()
+	p.Process.Signal(syscall.SIGTERM)
+	<-p.ended
+	check(t, "state of the process", p.ProcessState.String(), state)
+	check(t, "time from the signal to the end", time.Since(signalled).Round(time.Second), after)
+}
+
+// listenerAndSocket returns a listener, and the file by which a process can
+// inherit it.
+func listenerAndSocket(t *testing.T) (net.Listener, *os.File) {
+	listener := must(net.Listen("tcp", "127.0.0.1:0"))
+	socket := must(listener.(*net.TCPListener).File())
+	t.Cleanup(func() { listener.Close(); socket.Close() })
+	return listener, socket
+}
+
+// pipe returns the two ends of a new pipe.
+func pipe(t *testing.T) (reader, writer *os.File) {
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { reader.Close(); writer.Close() })
+	return reader, writer
+}
+
+// waitFor calls isDone until it returns true, for ten seconds at most.
+func waitFor(t *testing.T, what string, isDone func() bool) {
+	t.Helper()
+	for began := time.Now(); !isDone(); time.Sleep(10 * time.Millisecond) {
+		if time.Since(began) > 10*time.Second {
+			t.Fatal("waited in vain for ", what)
+		}
+	}
+}
+
+// content returns what has been written to a file.
+func content(file *os.File) string {
+	return string(must(os.ReadFile(file.Name())))
+}
+
+// emptyFile returns a new file that the test removes at its end.
+func emptyFile(t *testing.T) *os.File {
+	file := must(os.CreateTemp(t.TempDir(), ""))
+	t.Cleanup(func() { file.Close() })
+	return file
+}
+
+// exchange sends a request on a connection of its own, and returns status and
+// body of the answer, such as "404 not found".
+func exchange(address string, r *http.Request) string {
+	r.RequestURI = "" // only a server sets it
+	r.URL.Scheme, r.URL.Host, r.Close = "http", address, true
+	answer := must(http.DefaultClient.Do(r))
+	defer answer.Body.Close()
+	return fmt.Sprint(answer.StatusCode, " ", string(must(io.ReadAll(answer.Body))))
+}
+
+// get sends a probe, and returns status and body of the answer.
+func get(address string) string {
+	return exchange(address, httptest.NewRequest(http.MethodGet, "/", nil))
+}
+
+// canConnect reports whether something listens at an address.
+func canConnect(address string) bool {
+	conn, err := net.Dial("tcp", address)
+	if err == nil {
+		conn.Close()
+	}
+	return err == nil
+}
+
+// A client is a connection to a server.
+type client struct {
+	net.Conn
+	reader *bufio.Reader
+}
+
+// connect opens a connection to the server.
+func (p *process) connect(t *testing.T) client {
+	conn := must(net.Dial("tcp", p.address))
+	t.Cleanup(func() { conn.Close() })
+	return client{Conn: conn, reader: bufio.NewReader(conn)}
+}
+
+// requestHeader is the header of a post of endedDial. The server answers 100
+// when it has read the header and waits for the body.
+var requestHeader = fmt.Sprintf("POST /dialstatus/action/ HTTP/1.1\r\nHost: h\r\nContent-Type: "+
+	"application/x-www-form-urlencoded\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n",
+	len(endedDial))
+
+// Whether an answer tells the client to close the connection.
+const (
+	staysOpen = false
+	closes    = true
+)
+
+// sendHeader sends requestHeader, and waits until the server has read it.
+func (c client) sendHeader(t *testing.T) {
+	t.Helper()
+	io.WriteString(c, requestHeader)
+	c.checkAnswer(t, "100 ", staysOpen)
+}
+
+// sendBody sends the body that belongs to requestHeader.
+func (c client) sendBody(t *testing.T, connection bool) {
+	t.Helper()
+	io.WriteString(c, endedDial)
+	c.checkAnswer(t, "200 "+hangupDocument, connection)
+}
+
+// checkAnswer reads an answer and compares status and body, such as "200 ok".
+func (c client) checkAnswer(t *testing.T, statusAndBody string, connection bool) {
+	t.Helper()
+	answer, err := http.ReadResponse(c.reader, nil)
+	if err != nil {
+		t.Error("no answer: ", err)
+		return
+	}
+	defer answer.Body.Close()
+	check(t, "answer", fmt.Sprint(answer.StatusCode, " ", string(must(io.ReadAll(answer.Body)))),
+		statusAndBody)
+	check(t, "the answer closes the connection", answer.Close, connection)
 }

@@ -1,6 +1,6 @@
 module dialstatus
 
-go 1.24.0
+go 1.24.2
 
 require (
 	github.com/go-martini/martini v0.0.0-20170121215854-22fa46961aab
