@@ -1,24 +1,24 @@
 // Dialstatus reports what became of every call that Plivo forwards. It is
 // Plivo's guide "Dial Status Reporting Using Go", made fit for real calls.
-// While a phone call goes on, Plivo posts forms to two URLs of this server:
+//
+// During a phone call, Plivo posts forms to two URLs of this server:
 //
 //	POST /dialstatus/         The answer URL: Plivo asks what to do with a
 //	                          new call. The answer is XML with a <Dial>,
-//	                          which makes one or more phones ring. The same
-//	                          URL is the callback URL of the <Dial> (Plivo
-//	                          tells what each phone does) and the hangup URL
-//	                          (Plivo tells that the call is over).
-//	POST /dialstatus/action/  The action URL of the <Dial>: Plivo tells how
-//	                          the <Dial> has ended. The answer is the XML
-//	                          that Plivo runs next.
+//	                          which makes one or more phones ring. Plivo also
+//	                          reports here what each phone does (callback
+//	                          URL), and that the call is over (hangup URL).
+//	POST /dialstatus/action/  The action URL: Plivo reports how the <Dial>
+//	                          has ended. The answer is the XML that Plivo
+//	                          executes next.
 //
 // The A leg is the connection between the caller and Plivo. A B leg is the
 // connection between Plivo and one phone that rings. PHLO is Plivo's visual
-// editor for call flows, and can post to the action URL, too. A nonce is a text
-// that Plivo makes up for one request and signs together with it.
+// editor for call flows, which can also post to the action URL. A nonce is a
+// text that Plivo invents for one request, and that it signs with the request.
 //
-// A title in quotes, such as "Dial XML", is the title of a page of Plivo's
-// documentation, https://www.plivo.com/docs/.
+// A title in quotes, such as "Dial XML", is a page of Plivo's documentation,
+// https://www.plivo.com/docs/.
 package main
 
 import (
@@ -77,13 +77,15 @@ func main() {
 // run serves requests until the process gets SIGTERM or SIGINT. The error says
 // why the server could not start or could not go on.
 func run() error {
-	// The first signal ends this context. Further signals change nothing, because
-	// some supervisors send two. If anything hangs, such as a write to the log,
-	// the process ends with status 1 four seconds after the first signal.
-	signalled, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	context.AfterFunc(signalled, func() { time.Sleep(4 * time.Second); os.Exit(1) })
-	// By default, a write to a closed stdout ends a Go program. Without the
-	// signal, the write fails, and logWriter writes the record to stderr.
+	// The first SIGTERM or SIGINT ends this context. Further signals change
+	// nothing, because some supervisors send two. Four seconds after the first
+	// signal the process ends with status 1, even if the start or the log
+	// hangs.
+	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
+	// By default, SIGPIPE ends a process that writes to a closed stdout.
+	// Without SIGPIPE the write fails, and logWriter writes the record to
+	// stderr.
 	signal.Ignore(syscall.SIGPIPE)
 	cfg, err := configure(os.Getenv)
 	if err != nil {
@@ -108,15 +110,16 @@ func run() error {
 	select {
 	case err := <-serveErr:
 		return err
-	case <-signalled.Done():
+	case <-stopRequested.Done():
 		a.stop(server, listener)
 		return nil
 	}
 }
 
-// listen returns the socket that systemd holds for this process, if there is
-// one (see the manual page sd_listen_fds), or a new socket at the address. In
-// the socket of systemd, connections wait while the process restarts.
+// listen returns the socket that systemd passes to this process as file 3, if
+// systemd holds one (see the manual page sd_listen_fds), or a new socket at
+// the address. While the process restarts, connections wait in systemd's
+// socket.
 func listen(address string) (net.Listener, error) {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return net.FileListener(os.NewFile(3, "socket of systemd"))
@@ -137,19 +140,19 @@ func newServer(a *app) *http.Server {
 	}
 }
 
-// stop ends the server after the requests that have begun. It returns after 1.3
-// to 3.3 seconds, or never if the log hangs.
+// stop answers the requests that have begun, and then ends the server. It
+// takes from 1.3 to 3.3 seconds. If the log hangs, it does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
-	// moment gets no answer. So for one second the server goes on, and each
-	// answer tells the client to close the connection.
+	// moment gets no answer. To prevent this, for one second each answer tells
+	// the client to close the connection.
 	a.stopping.Store(true)
 	a.log.Info("stopping")
 	time.Sleep(time.Second)
 
-	// Once Shutdown has begun, net/http drops a request on a new connection. So
-	// first no more connections are accepted, and those that were just accepted
-	// get 300 ms to send a request.
+	// Once Shutdown has begun, net/http drops a request on a new connection.
+	// To prevent this, the listener closes first, and the connections that it
+	// has just accepted get 300 ms to send a request.
 	listener.Close()
 	time.Sleep(300 * time.Millisecond)
 
@@ -162,21 +165,21 @@ func (a *app) stop(server *http.Server, listener net.Listener) {
 
 // config is the checked content of the environment.
 type config struct {
-	address        string // where to listen, as host:port; without a host: everywhere
+	address        string // host:port; without a host, every address of the machine
 	dialTo         string // E.164 numbers and SIP URIs, separated by commas
-	callerID       string // what the called phone shows; "": the caller's number
-	dialTimeout    int    // for how many seconds phones ring; 0: Plivo decides
-	publicURL      string // the part of our URLs before /dialstatus/; "": see baseURL
-	callbackConfig string // the fragment of the URLs in the <Dial>; "": none
-	authToken      string // the key of Plivo's signatures; "": signatures are not checked
-	basicAuth      string // the login of PHLO, as user:password; "": none
+	callerID       string // the called phone shows it; "": Plivo uses the caller's number
+	dialTimeout    int    // in seconds; 0: Plivo decides
+	publicURL      string // without /dialstatus/; "": baseURL finds it in each request
+	callbackConfig string // follows a # in the URLs of the <Dial>; "": no # either
+	authToken      string // the key of the signatures; "": every request is accepted
+	basicAuth      string // user:password of PHLO; "": PHLO can't log in
 }
 
 // variables describes the environment variables. A new variable needs a row
 // here, a field in config, and a line at the end of configure.
 var variables = []struct {
 	name, byDefault string
-	required        bool // the server does not start in production without it
+	required        bool // in production the server does not start without it
 	secret          bool // the value is never shown
 	isValid         func(value string) bool
 	meaning         string // what the value must be
@@ -186,7 +189,7 @@ var variables = []struct {
 		meaning: "E.164 numbers (country code first) and sip: URIs to dial, separated by commas"},
 	{name: "CALLER_ID", isValid: matches(phoneNumber),
 		meaning: "the number that the called phone shows, an E.164 number of your Plivo account"},
-	{name: "DIAL_TIMEOUT", isValid: matches(`[1-9][0-9]{0,8}`), // fits in every int
+	{name: "DIAL_TIMEOUT", isValid: matches(`[1-9][0-9]{0,8}`), // nine digits fit in every int
 		meaning: "the time for which phones ring, in whole seconds, at least 1"},
 	{name: "PUBLIC_URL", required: true, isValid: isBaseURL,
 		meaning: "the http or https URL at which Plivo reaches this server, without /dialstatus/"},
@@ -207,30 +210,32 @@ var variables = []struct {
 const (
 	exampleNumber = "+12025550123" // reserved for fiction: nobody has it
 
-	phoneNumber = `\+?[1-9][0-9]{6,14}` // an E.164 number, with or without its +
+	phoneNumber = `\+?[1-9][0-9]{6,14}` // E.164, with or without the +
 	dialable    = `\s*(` + phoneNumber + `|sip:` + sipPart + `@` + sipPart + `)\s*`
-	// ASCII, except control characters, the space, and the five: " , < > @
+	// a part of a SIP URI: ASCII without control characters, space, " , < >
+	// and @
 	sipPart = `[^[:^ascii:][:cntrl:] ",<>@]+`
 	httpURL = `https?://(` + urlHost + `)(:[0-9]+)?(/[\w.~%/-]*)?`
 	urlHost = `[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]` // a name, IPv4, or [IPv6]
 	setting = `[a-z_]+=[A-Za-z0-9_,]+`                // a part of CALLBACK_CONFIG
 )
 
-// matches returns a function that reports whether a whole text has the pattern.
+// matches returns a function that reports whether a text matches the pattern
+// from beginning to end.
 func matches(pattern string) func(text string) bool {
 	return regexp.MustCompile(`^(` + pattern + `)$`).MatchString
 }
 
 var isHTTPURL = matches(httpURL)
 
-// isBaseURL reports whether a text is a URL to which /dialstatus/ can be added.
+// isBaseURL reports whether a text is a URL that can go before /dialstatus/.
 func isBaseURL(text string) bool {
 	u, err := url.Parse(text)
 	return err == nil && isHTTPURL(text) && !strings.Contains(u.Path+"/", "/dialstatus/")
 }
 
-// isLogin reports whether a text is user:password, both not empty, without
-// control characters, and without quotes or spaces around the text.
+// isLogin reports whether a text is user:password. Neither part may be empty.
+// Control characters, and quotes or spaces around the text, are not allowed.
 func isLogin(text string) bool {
 	user, password, _ := strings.Cut(text, ":")
 	return user != "" && password != "" && strings.Trim(text, ` "'`) == text &&
@@ -238,8 +243,8 @@ func isLogin(text string) bool {
 }
 
 // configure reads and checks the environment. The error has one line for each
-// problem. A line shows the value that was refused, unless the variable holds a
-// secret or the value has an @, as in user:password@host.
+// problem. The line shows the refused value, unless the variable is secret or
+// the value contains an @, because user:password may be before the @.
 func configure(getenv func(string) string) (config, error) {
 	values := make(map[string]string)
 	var errs []error
@@ -276,16 +281,16 @@ type app struct {
 	log      *slog.Logger // writes to output
 	routes   martini.Router
 	martini  *martini.Martini // calls the routes
-	callXML  string           // the answer to a new call, if PUBLIC_URL is set
-	stopping atomic.Bool      // whether the process has been told to stop
+	callXML  string           // the <Dial> for a new call; right only with PUBLIC_URL
+	stopping atomic.Bool      // whether stop has begun
 
-	mu             sync.Mutex // guards the two fields below
-	lastRejection  int64      // when it was, as Unix time in seconds
-	rejectionCount int        // how many there were in that second
+	mu             sync.Mutex // must be locked to use the two fields below
+	lastRejection  int64      // the Unix time in seconds of the last rejection
+	rejectionCount int        // the number of rejections in that second
 }
 
-// newApp returns the app with its routes. A new route needs a line here and a
-// method. Martini serves a path with and without a slash at its end.
+// newApp returns an app with all routes. A new route needs a line here and a
+// method. Martini serves each path with and without a slash at the end.
 func newApp(cfg config, output *logWriter) *app {
 	a := &app{config: cfg, output: output, routes: martini.NewRouter(), martini: martini.New()}
 	a.log = slog.New(slog.NewJSONHandler(output, nil))
@@ -307,9 +312,9 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.martini.ServeHTTP(w, r)
 }
 
-// handleAnswer serves the answer URL. A new call gets the <Dial>. The same URL
-// is told what a B leg does ("Dial XML") and that a call is over ("Application
-// API"); Plivo does not use the XML that answers these two.
+// handleAnswer serves the answer URL. The answer to a new call is the <Dial>.
+// Plivo also posts what a B leg does ("Dial XML") and that a call is over
+// ("Application API"). Plivo ignores the answers to these two reports.
 func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	document := emptyXML
 	switch {
@@ -331,8 +336,8 @@ func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleAction serves the action URL: it reports how the <Dial> has ended, and
-// answers with the XML that Plivo runs next ("Dial XML").
+// handleAction serves the action URL. It logs how the <Dial> has ended, and
+// the answer is the XML that Plivo executes next ("Dial XML").
 func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	status := r.FormValue("DialStatus")
 	if status == "" {
@@ -351,9 +356,9 @@ func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleProbe answers a client that asks whether the server works. The server
-// does not work while the log hangs, because each request is reported before it
-// is answered. Martini writes the status and the text that are returned here.
+// handleProbe tells a monitor whether the server works: 200, or 503 if the log
+// hangs, because each call waits until its record is written. Martini sends
+// the status and the text that this method returns.
 func (a *app) handleProbe() (int, string) {
 	if a.output.isStuck() {
 		return http.StatusServiceUnavailable, "the log accepts no records\n"
@@ -361,8 +366,9 @@ func (a *app) handleProbe() (int, string) {
 	return http.StatusOK, "dialstatus is running: the answer URL is /dialstatus/\n"
 }
 
-// handleNotFound serves what no route serves: another path (404), or another
-// method at a path that has a route (405).
+// handleNotFound rejects what has no route: an unknown path with status 404,
+// and a known path with the wrong method, such as GET /dialstatus/, with
+// status 405.
 func (a *app) handleNotFound(w http.ResponseWriter, r *http.Request) {
 	status := http.StatusNotFound
 	if methods := a.routes.MethodsFor(r.URL.Path); len(methods) > 0 {
@@ -374,11 +380,11 @@ func (a *app) handleNotFound(w http.ResponseWriter, r *http.Request) {
 }
 
 var (
-	// finalCallStatuses has each CallStatus that says that a call is over.
+	// finalCallStatuses lists each CallStatus of a call that is over.
 	finalCallStatuses = map[string]bool{"completed": true, "busy": true, "failed": true,
 		"timeout": true, "no-answer": true, "cancel": true}
 
-	// documentAfter has the XML that follows a <Dial>, for each DialStatus.
+	// documentAfter maps a DialStatus to the XML that Plivo executes next.
 	documentAfter = map[string]string{
 		"completed": responseXML(new(xml.HangupElement)),
 		"cancel":    responseXML(new(xml.HangupElement)),
@@ -395,12 +401,13 @@ func farewellXML(sentence string) string {
 	return responseXML(new(xml.SpeakElement).AddSpeak(sentence), new(xml.HangupElement))
 }
 
-// dialXML returns the document for a new call. Plivo requires that the URLs in
-// it are fully qualified ("Dial XML"), so they begin with the base URL.
+// dialXML returns the document for a new call. Plivo requires fully qualified
+// URLs in the <Dial> ("Dial XML"), so they begin with the base URL.
 func dialXML(cfg config, baseURL string) string {
 	var phones []any
 	for phone := range strings.SplitSeq(cfg.dialTo, ",") {
-		// plivo-go escapes attributes, but not the text of <Number> and <User>.
+		// plivo-go escapes attributes, but not the text of <Number> and
+		// <User>.
 		phone = html.EscapeString(strings.TrimSpace(phone))
 		if strings.HasPrefix(phone, "sip:") {
 			phones = append(phones, new(xml.UserElement).SetContents(phone))
@@ -408,7 +415,8 @@ func dialXML(cfg config, baseURL string) string {
 			phones = append(phones, new(xml.NumberElement).SetContents(phone))
 		}
 	}
-	// The fragment is # and CALLBACK_CONFIG, or empty if that is not set.
+	// The fragment is # and CALLBACK_CONFIG, or "" if CALLBACK_CONFIG is not
+	// set.
 	fragment := (&url.URL{Fragment: cfg.callbackConfig}).String()
 	dial := new(xml.DialElement).
 		SetAction(baseURL + "/dialstatus/action/" + fragment).
@@ -431,8 +439,8 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that reads the form of a request, checks that the
-// sender is allowed to send it, and then calls the next handler.
+// checked returns a handler that reads the form of a request, checks who sent
+// the request, and then calls the next handler, or rejects the request.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if status, reason := readForm(r); status != http.StatusOK {
@@ -449,10 +457,10 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// readForm puts the fields of the body into r.PostForm, and the fields of body
-// and query into r.Form. If it can't, it returns the status and the reason to
-// reject the request with; otherwise the status is 200. Request.ParseForm does
-// the same, but is slower, and ignores a body that is not a form.
+// readForm puts the fields of the body into r.PostForm, and the fields of the
+// body and the query into r.Form. It returns status 200, or the status and the
+// reason of a rejection. Request.ParseForm is not used, because it is slower,
+// and accepts a body of another type as if it were an empty form.
 func readForm(r *http.Request) (status int, reason string) {
 	const maxBody = 16 << 10 // bytes; Plivo sends less than 2 KiB
 	const formType = "application/x-www-form-urlencoded"
@@ -476,13 +484,14 @@ func readForm(r *http.Request) (status int, reason string) {
 	}
 	r.PostForm, r.Form = form, form
 	if len(query) > 0 {
-		maps.Copy(query, form) // a name that is in both has the values of the body
+		maps.Copy(query, form) // replaces the values of a name that is in both
 		r.Form = query
 	}
 	return http.StatusOK, ""
 }
 
-// isAuthorized reports whether a request may be served.
+// isAuthorized reports whether to serve a request: if no token is set, every
+// request, or else a request with PHLO's login or with Plivo's signature.
 func (a *app) isAuthorized(r *http.Request) bool {
 	if a.authToken == "" {
 		return true
@@ -494,14 +503,16 @@ func (a *app) isAuthorized(r *http.Request) bool {
 	return a.isSigned(r)
 }
 
-// isSigned reports whether a signature V3 of the request was made with the auth
-// token ("Signature Validation"). The headers may be repeated, and each may
-// have a list of signatures: one that is right is enough.
+// isSigned reports whether the auth token made a signature V3 of the request
+// ("Signature Validation"). A request may have several headers, and a header
+// may have several signatures. One correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		// The nonce is signed after the form and a dot. With a dot in the nonce,
-		// an attacker could move the last fields of a captured form into it.
+		// The signed text ends with the form, a dot and the nonce. If the
+		// nonce may contain a dot, an attacker can move the end of a captured
+		// form into the nonce: the signed text stays the same, but a field is
+		// shorter.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -525,14 +536,15 @@ func sign(authToken string, text []byte) string {
 }
 
 // signedText returns the text of which Plivo makes the signature V3 of a POST
-// ("Signature Validation"): the called URL without its query, the query, the
-// form and the nonce, such as
+// ("Signature Validation"): the called URL without the query, then the query,
+// the form and the nonce, such as
 //
-//	https://calls.example.com/dialstatus/?a=1&b=2.CallStatusringingTo12025550199.7019
+//	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// The query and the form are decoded, and sorted by name and value. plivo-go has
-// a function for this, but it leaves out parts of some requests: all but the
-// first value of a name in the query, and dots and & at the end of form or query.
+// Query and form are decoded, and sorted by name and value. plivo-go's own
+// function is not used, because it leaves out some parts: the second value of
+// a name in the query, and dots and & at the end of the form or the query. An
+// attacker could add these parts to a captured request.
 func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 1024)) // enough for what Plivo sends
 	text.WriteString(calledURL)
@@ -551,8 +563,9 @@ func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 // A parameter is a name and one of its values in a query or a form.
 type parameter struct{ name, value string }
 
-// writeSorted writes parameters, sorted by name and then by value, with one
-// separator between a name and its value and another one between parameters.
+// writeSorted writes the parameters to the text, sorted by name and then by
+// value. The last two arguments are written after each name, and after each
+// value except the last one.
 func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue string) {
 	parameters := make([]parameter, 0, len(values))
 	for name, valuesOfName := range values {
@@ -573,10 +586,10 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 	}
 }
 
-// baseURL returns the part before /dialstatus/ of the URL that Plivo called. It
-// is PUBLIC_URL, or what a proxy says in its headers, or what the request says;
-// without any host it is empty. The default port is removed from the host,
-// because Plivo signs the URL without it, but some proxies add it.
+// baseURL returns the URL that Plivo called, without /dialstatus/ and all that
+// follows. It is PUBLIC_URL. If PUBLIC_URL is not set, the headers of a proxy
+// say what it is, or the request itself. If there is no host, it is "". Plivo
+// signs the URL without the default port, which some proxies add to the host.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -591,14 +604,15 @@ func (a *app) baseURL(r *http.Request) string {
 	return "http://" + strings.TrimSuffix(host, ":80")
 }
 
-// firstEntry returns the first entry of a list. If a request came through
-// several proxies, this is the entry of the proxy that Plivo called.
+// firstEntry returns the first entry of a list with commas. If a request
+// passes several proxies, the first entry comes from the proxy that Plivo
+// called.
 func firstEntry(list string) string {
 	entry, _, _ := strings.Cut(list, ",")
 	return strings.TrimSpace(entry)
 }
 
-// report logs one record with these fields of the form.
+// report logs a record with the values of these fields in query or form.
 func (a *app) report(r *http.Request, level slog.Level, record string, fields ...string) {
 	attributes := make([]slog.Attr, len(fields))
 	for i, field := range fields {
@@ -618,9 +632,9 @@ func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason 
 	http.Error(w, truncate(reason), status)
 }
 
-// mayLogRejection reports whether a rejection is one of the first 20 in this
-// second of the clock. Without this limit, an attacker could send so many bad
-// requests that the records of calls are hard to find, or the disk is full.
+// mayLogRejection reports whether this rejection is one of the first 20 in
+// this second of the clock. Without the limit, an attacker could fill the disk
+// with records of rejected requests.
 func (a *app) mayLogRejection() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -632,21 +646,23 @@ func (a *app) mayLogRejection() bool {
 	return a.rejectionCount <= 20
 }
 
-// truncate returns the first 256 bytes of a text. So a record with the ten
-// fields of a leg is shorter than 16 KiB, where Docker splits a line, even if
-// each byte is written as six characters, such as \u0001. An eleventh field
-// would need a smaller limit.
+// truncate returns the first 256 bytes of a text. JSON may need six bytes for
+// each of them, such as \u0001. So the longest record, which has ten fields,
+// is shorter than 16 KiB, where Docker splits lines. With an eleventh field,
+// 256 would be too much.
 func truncate(text string) string { return text[:min(len(text), 256)] }
 
-// A logWriter writes records to stdout, or to stderr if stdout fails. The JSON
-// handler of slog calls Write for one whole record, never two at the same time.
+// A logWriter writes records to stdout, or to stderr if stdout fails. slog
+// calls Write with one whole record, and never calls it twice at the same
+// time.
 type logWriter struct {
 	stdout, stderr io.Writer
-	isTorn         bool         // stdout ends with a part of a record
-	writingSince   atomic.Int64 // Unix time in milliseconds; 0: nothing is written now
+	isTorn         bool         // whether stdout ends with only a part of a record
+	writingSince   atomic.Int64 // Unix time in milliseconds; 0: no record is being written
 }
 
-// Write writes a record. The error is the one of stderr, if both have failed.
+// Write writes a record. It returns an error if neither stdout nor stderr has
+// accepted the record.
 func (l *logWriter) Write(record []byte) (int, error) {
 	l.writingSince.Store(time.Now().UnixMilli())
 	defer l.writingSince.Store(0)
@@ -665,8 +681,8 @@ func (l *logWriter) Write(record []byte) (int, error) {
 	return len(record), nil
 }
 
-// isStuck reports whether a record has been waiting for four seconds or more
-// for stdout or stderr to accept it, such as in a pipe that nobody reads.
+// isStuck reports whether a write has lasted for four seconds or more. This
+// happens if stdout is a pipe that nobody reads.
 func (l *logWriter) isStuck() bool {
 	since := l.writingSince.Load()
 	return since != 0 && time.Since(time.UnixMilli(since)) >= 4*time.Second
