@@ -3,19 +3,20 @@
 //
 // During a phone call, Plivo posts forms to two URLs of this server:
 //
-//	POST /dialstatus/         The answer URL: Plivo asks what to do with a
-//	                          new call. The answer is XML with a <Dial>,
-//	                          which makes one or more phones ring. Plivo also
-//	                          reports here what each phone does (callback
-//	                          URL), and that the call is over (hangup URL).
-//	POST /dialstatus/action/  The action URL: Plivo reports how the <Dial>
-//	                          has ended. The answer is the XML that Plivo
-//	                          executes next.
+//	POST /dialstatus/         This is the answer URL: Plivo asks what to do
+//	                          with a new call, and the answer is XML with a
+//	                          <Dial>, which makes one or more phones ring.
+//	                          The same URL is the callback URL, where Plivo
+//	                          reports what each phone does, and the hangup
+//	                          URL, where Plivo reports that the call is over.
+//	POST /dialstatus/action/  This is the action URL: Plivo reports how the
+//	                          <Dial> has ended, and the answer is the XML
+//	                          that Plivo executes next.
 //
 // The A leg is the connection between the caller and Plivo. A B leg is the
 // connection between Plivo and one phone that rings. PHLO is Plivo's visual
-// editor for call flows, which can also post to the action URL. A nonce is a
-// text that Plivo invents for one request, and that it signs with the request.
+// editor for call flows; a call flow can also post to the action URL. A nonce
+// is a text that Plivo invents for one request and signs with the request.
 //
 // A title in quotes, such as "Dial XML", is a page of Plivo's documentation,
 // https://www.plivo.com/docs/.
@@ -78,9 +79,8 @@ func main() {
 // why the server could not start or could not go on.
 func run() error {
 	// The first SIGTERM or SIGINT ends this context. Further signals change
-	// nothing, because some supervisors send two. Four seconds after the first
-	// signal the process ends with status 1, even if the start or the log
-	// hangs.
+	// nothing, because some supervisors send two. If the process still runs
+	// four seconds later, because something hangs, it ends with status 1.
 	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
 	// By default, SIGPIPE ends a process that writes to a closed stdout.
@@ -93,7 +93,7 @@ func run() error {
 	}
 	listener, err := listen(cfg.address)
 	if err != nil {
-		return fmt.Errorf("HOST and PORT, or the socket of systemd: %w", err)
+		return fmt.Errorf("can't listen (see HOST and PORT, or the socket of systemd): %w", err)
 	}
 	a := newApp(cfg, &logWriter{stdout: os.Stdout, stderr: os.Stderr})
 	a.log.Info("listening", "address", listener.Addr().String())
@@ -135,13 +135,13 @@ func newServer(a *app) *http.Server {
 		MaxHeaderBytes:    12 << 10, // net/http allows 4 KiB more: 16 KiB in all
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,  // for header and body together
-		WriteTimeout:      15 * time.Second,  // leaves time to answer 400 to a slow body
+		WriteTimeout:      15 * time.Second,  // longer, to answer 400 to a slow body
 		IdleTimeout:       620 * time.Second, // longer than the 600 s of Google's load balancer
 	}
 }
 
-// stop answers the requests that have begun, and then ends the server. It
-// takes from 1.3 to 3.3 seconds. If the log hangs, it does not return.
+// stop answers the requests that have begun, and then ends the server. This
+// takes from 1.3 to 3.3 seconds. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -170,13 +170,14 @@ type config struct {
 	callerID       string // the called phone shows it; "": Plivo uses the caller's number
 	dialTimeout    int    // in seconds; 0: Plivo decides
 	publicURL      string // without /dialstatus/; "": baseURL finds it in each request
-	callbackConfig string // follows a # in the URLs of the <Dial>; "": no # either
+	callbackConfig string // put after a # in the URLs of the <Dial>; "": without a #
 	authToken      string // the key of the signatures; "": every request is accepted
 	basicAuth      string // user:password of PHLO; "": PHLO can't log in
 }
 
 // variables describes the environment variables. A new variable needs a row
-// here, a field in config, and a line at the end of configure.
+// here and, if the server uses its value, a field in config and a line at the
+// end of configure.
 var variables = []struct {
 	name, byDefault string
 	required        bool // in production the server does not start without it
@@ -194,7 +195,7 @@ var variables = []struct {
 	{name: "PUBLIC_URL", required: true, isValid: isBaseURL,
 		meaning: "the http or https URL at which Plivo reaches this server, without /dialstatus/"},
 	{name: "CALLBACK_CONFIG", isValid: matches(`#?` + setting + `(&` + setting + `)*`),
-		meaning: "rules by which Plivo repeats a report that failed, such as rc=3&rp=5xx,ct,rt"},
+		meaning: "Plivo's rules for repeating a failed report, such as rc=3&rp=5xx,ct,rt"},
 	{name: "HOST", isValid: matches(`[^\s\[\]]+|\[[^\s\[\]]+\]`),
 		meaning: "the name or IP address at which the server listens, without a port"},
 	{name: "PORT", byDefault: "8080", isValid: matches(`[0-9]+`),
@@ -204,7 +205,7 @@ var variables = []struct {
 	{name: "PHLO_BASIC_AUTH", secret: true, isValid: isLogin,
 		meaning: "user:password that PHLO sends instead of a signature, without quotes around it"},
 	{name: "MARTINI_ENV", byDefault: martini.Dev, isValid: matches(`development|test|production`),
-		meaning: "development, test or production (needs DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN)"},
+		meaning: "development, test or production; production needs DIAL_TO, PUBLIC_URL, PLIVO_AUTH_TOKEN"},
 }
 
 const (
@@ -212,8 +213,7 @@ const (
 
 	phoneNumber = `\+?[1-9][0-9]{6,14}` // E.164, with or without the +
 	dialable    = `\s*(` + phoneNumber + `|sip:` + sipPart + `@` + sipPart + `)\s*`
-	// a part of a SIP URI: ASCII without control characters, space, " , < >
-	// and @
+	// ASCII without control characters, space, quote, comma, <, > and @
 	sipPart = `[^[:^ascii:][:cntrl:] ",<>@]+`
 	httpURL = `https?://(` + urlHost + `)(:[0-9]+)?(/[\w.~%/-]*)?`
 	urlHost = `[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]` // a name, IPv4, or [IPv6]
@@ -281,7 +281,7 @@ type app struct {
 	log      *slog.Logger // writes to output
 	routes   martini.Router
 	martini  *martini.Martini // calls the routes
-	callXML  string           // the <Dial> for a new call; right only with PUBLIC_URL
+	callXML  string           // the <Dial> for a new call; used if PUBLIC_URL is set
 	stopping atomic.Bool      // whether stop has begun
 
 	mu             sync.Mutex // must be locked to use the two fields below
@@ -356,9 +356,10 @@ func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleProbe tells a monitor whether the server works: 200, or 503 if the log
-// hangs, because each call waits until its record is written. Martini sends
-// the status and the text that this method returns.
+// handleProbe tells a monitor whether the server works. If the log hangs, the
+// status is 503: then calls hang, too, because each request is answered after
+// its record is written. Martini sends the status and the text that are
+// returned here.
 func (a *app) handleProbe() (int, string) {
 	if a.output.isStuck() {
 		return http.StatusServiceUnavailable, "the log accepts no records\n"
@@ -470,7 +471,7 @@ func readForm(r *http.Request) (status int, reason string) {
 			fmt.Sprintf("the body is too long: send %d bytes or less", maxBody)
 	}
 	if err != nil {
-		return http.StatusBadRequest, "the body was cut off or came too slowly: send it at once"
+		return http.StatusBadRequest, "the body was cut off or came too slowly: send the whole body"
 	}
 	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	if len(body) > 0 && !strings.EqualFold(strings.TrimSpace(mediaType), formType) {
@@ -490,8 +491,8 @@ func readForm(r *http.Request) (status int, reason string) {
 	return http.StatusOK, ""
 }
 
-// isAuthorized reports whether to serve a request: if no token is set, every
-// request, or else a request with PHLO's login or with Plivo's signature.
+// isAuthorized reports whether to serve a request. If no token is set, every
+// request is served. Otherwise a request needs PHLO's login or a signature.
 func (a *app) isAuthorized(r *http.Request) bool {
 	if a.authToken == "" {
 		return true
@@ -503,16 +504,15 @@ func (a *app) isAuthorized(r *http.Request) bool {
 	return a.isSigned(r)
 }
 
-// isSigned reports whether the auth token made a signature V3 of the request
-// ("Signature Validation"). A request may have several headers, and a header
-// may have several signatures. One correct signature is enough.
+// isSigned reports whether a signature V3 of the request was made with the
+// auth token ("Signature Validation"). The two headers with signatures may
+// both be repeated, and each may hold a list. One correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		// The signed text ends with the form, a dot and the nonce. If the
-		// nonce may contain a dot, an attacker can move the end of a captured
-		// form into the nonce: the signed text stays the same, but a field is
-		// shorter.
+		// The signed text ends with the form, a dot and the nonce. The form
+		// To=1.2 with the nonce 7 and the form To=1 with the nonce 2.7 have
+		// the same text, so an attacker could change a captured request.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -564,8 +564,8 @@ func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 type parameter struct{ name, value string }
 
 // writeSorted writes the parameters to the text, sorted by name and then by
-// value. The last two arguments are written after each name, and after each
-// value except the last one.
+// value. It writes afterName after each name, and afterValue after each value
+// except the last one.
 func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue string) {
 	parameters := make([]parameter, 0, len(values))
 	for name, valuesOfName := range values {
@@ -587,9 +587,9 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 }
 
 // baseURL returns the URL that Plivo called, without /dialstatus/ and all that
-// follows. It is PUBLIC_URL. If PUBLIC_URL is not set, the headers of a proxy
-// say what it is, or the request itself. If there is no host, it is "". Plivo
-// signs the URL without the default port, which some proxies add to the host.
+// follows. It is PUBLIC_URL. If PUBLIC_URL is not set, scheme and host come
+// from the headers of a proxy, or else from the request. Without any host, it
+// is "". Plivo signs the URL without the default port, which some proxies add.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -612,7 +612,7 @@ func firstEntry(list string) string {
 	return strings.TrimSpace(entry)
 }
 
-// report logs a record with the values of these fields in query or form.
+// report logs a record, such as "leg", with the values of these fields.
 func (a *app) report(r *http.Request, level slog.Level, record string, fields ...string) {
 	attributes := make([]slog.Attr, len(fields))
 	for i, field := range fields {
