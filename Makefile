@@ -7,8 +7,12 @@ export PORT
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
-run: build ## start the server on port 8080 (PORT=... for another)
-	@exec ./dialstatus
+# Each line of .env must be NAME='value'. What was set before make wins.
+run: build ## start the server, with the settings in .env if there is one
+	@bad=$$(grep -nvE "^([A-Z_]+='[^']*'|#.*)?$$" .env 2>/dev/null | cut -d: -f1); \
+	test -z "$$bad" || { echo .env: write NAME="'value'" in line $$bad >&2; exit 1; }; \
+	before=$$(export -p); set -a; test ! -e .env || . ./.env; eval "$$before"; \
+	HOST=$${HOST:-localhost} exec ./dialstatus
 
 test: ## run the tests
 	go test ./...
@@ -29,8 +33,9 @@ build: ## build the server, ./dialstatus: static, for any Linux
 	@test -x dialstatus || echo 'compiling (the first time this takes half a minute) ...' >&2
 	@CGO_ENABLED=0 go build -buildvcs=false -o dialstatus .
 
+DEMO_PORT ?= 8089
 demo: build ## play a call to two phones with curl: each answer and each record
-	@env -i HOST=127.0.0.1 PORT=$(PORT) DIAL_TO=+12025550123,+12025550143 ./dialstatus & \
+	@env -i HOST=127.0.0.1 PORT=$(DEMO_PORT) DIAL_TO=+12025550123,+12025550143 ./dialstatus & \
 	trap "kill $$! 2>/dev/null; wait" EXIT; sleep 1; kill -0 $$! 2>/dev/null && echo "$$DEMO" | sh -ev
 
 tunnel: ## let Plivo reach this machine (needs ngrok)
@@ -40,29 +45,29 @@ tunnel: ## let Plivo reach this machine (needs ngrok)
 define DEMO
 # a call reaches your number, and two phones ring
 curl -sS -d 'Event=StartApp&CallStatus=ringing&CallUUID=38cb006a' \
-	-d 'Direction=inbound&From=12025550123&To=12025550199' localhost:$(PORT)/dialstatus/; echo
+	-d 'Direction=inbound&From=12025550123&To=12025550199' localhost:$(DEMO_PORT)/dialstatus/; echo
 
 # the second one answers
 curl -sS -d 'Event=DialAnswer&DialAction=answer&DialBLegTo=12025550143&DialBLegStatus=answer' \
-	-d 'DialALegUUID=38cb006a&DialBLegUUID=c0a58e17&CallUUID=38cb006a' localhost:$(PORT)/dialstatus/; echo
+	-d 'DialALegUUID=38cb006a&DialBLegUUID=c0a58e17&CallUUID=38cb006a' localhost:$(DEMO_PORT)/dialstatus/; echo
 
 # they talk for 11 seconds, and the called side hangs up
 curl -sS -d 'Event=DialHangup&DialAction=hangup&DialBLegTo=12025550143&DialBLegStatus=hangup' \
 	-d 'DialBLegDuration=11&DialBLegHangupCause=NORMAL_CLEARING&DialBLegHangupCauseName=Normal+Hangup' \
 	-d 'DialBLegHangupSource=Callee' \
-	-d 'DialALegUUID=38cb006a&DialBLegUUID=c0a58e17&CallUUID=38cb006a' localhost:$(PORT)/dialstatus/; echo
+	-d 'DialALegUUID=38cb006a&DialBLegUUID=c0a58e17&CallUUID=38cb006a' localhost:$(DEMO_PORT)/dialstatus/; echo
 
 # the dial has ended
 curl -sS -d 'DialStatus=completed&DialHangupCause=NORMAL_CLEARING&DialRingStatus=true' \
 	-d 'DialALegUUID=38cb006a&DialBLegUUID=c0a58e17&CallUUID=38cb006a' \
-	-d 'From=12025550123&To=12025550199' localhost:$(PORT)/dialstatus/action/; echo
+	-d 'From=12025550123&To=12025550199' localhost:$(DEMO_PORT)/dialstatus/action/; echo
 
 # the call is over
 curl -sS -d 'Event=Hangup&CallStatus=completed&CallUUID=38cb006a&Duration=14' \
 	-d 'HangupCause=NORMAL_CLEARING&HangupCauseName=Normal+Hangup&HangupSource=Callee' \
-	-d 'Direction=inbound&From=12025550123&To=12025550199' localhost:$(PORT)/dialstatus/; echo
+	-d 'Direction=inbound&From=12025550123&To=12025550199' localhost:$(DEMO_PORT)/dialstatus/; echo
 
 # another dial: nobody answers
-curl -sS -d 'DialStatus=no-answer&DialHangupCause=NO_ANSWER&DialRingStatus=true' localhost:$(PORT)/dialstatus/action/; echo
+curl -sS -d 'DialStatus=no-answer&DialHangupCause=NO_ANSWER&DialRingStatus=true' localhost:$(DEMO_PORT)/dialstatus/action/; echo
 endef
 export DEMO

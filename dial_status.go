@@ -62,7 +62,7 @@ func main() {
 			fmt.Fprintf(os.Stderr, "\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.meaning)
 		}
 	}
-	// Package flag would print a wrong argument, which may be a secret.
+	// Package flag would print an unknown flag, which may be a secret.
 	flag.CommandLine.SetOutput(io.Discard)
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -135,13 +135,14 @@ func newServer(a *app) *http.Server {
 		MaxHeaderBytes:    12 << 10, // net/http allows 4 KiB more: 16 KiB in all
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,  // for header and body together
-		WriteTimeout:      15 * time.Second,  // longer, to answer 400 to a slow body
+		WriteTimeout:      15 * time.Second,  // leaves 5 s to answer after ReadTimeout
 		IdleTimeout:       620 * time.Second, // longer than the 600 s of Google's load balancer
 	}
 }
 
-// stop answers the requests that have begun, and then ends the server. This
-// takes from 1.3 to 3.3 seconds. If the log hangs, stop does not return.
+// stop ends the server. Requests that have begun are answered, and so are most
+// requests that begin during the first 1.3 seconds. stop returns after 1.3 to
+// 3.3 seconds. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -170,14 +171,14 @@ type config struct {
 	callerID       string // the called phone shows it; "": Plivo uses the caller's number
 	dialTimeout    int    // in seconds; 0: Plivo decides
 	publicURL      string // without /dialstatus/; "": baseURL finds it in each request
-	callbackConfig string // put after a # in the URLs of the <Dial>; "": without a #
+	callbackConfig string // put after the URLs of the <Dial>, with a #; "": nothing
 	authToken      string // the key of the signatures; "": every request is accepted
 	basicAuth      string // user:password of PHLO; "": PHLO can't log in
 }
 
 // variables describes the environment variables. A new variable needs a row
-// here and, if the server uses its value, a field in config and a line at the
-// end of configure.
+// here, a field in config, and a line at the end of configure. Only
+// MARTINI_ENV has no field, because it is not used after configure.
 var variables = []struct {
 	name, byDefault string
 	required        bool // in production the server does not start without it
@@ -290,7 +291,8 @@ type app struct {
 }
 
 // newApp returns an app with all routes. A new route needs a line here and a
-// method. Martini serves each path with and without a slash at the end.
+// handler, such as handleAnswer. Martini serves each path with and without a
+// slash at the end.
 func newApp(cfg config, output *logWriter) *app {
 	a := &app{config: cfg, output: output, routes: martini.NewRouter(), martini: martini.New()}
 	a.log = slog.New(slog.NewJSONHandler(output, nil))
@@ -313,8 +315,8 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // handleAnswer serves the answer URL. The answer to a new call is the <Dial>.
-// Plivo also posts what a B leg does ("Dial XML") and that a call is over
-// ("Application API"). Plivo ignores the answers to these two reports.
+// Plivo also posts what a B leg does (see "Dial XML") and that a call is over
+// (see "Application API"). Plivo ignores the answers to these two reports.
 func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	document := emptyXML
 	switch {
@@ -336,8 +338,8 @@ func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleAction serves the action URL. It logs how the <Dial> has ended, and
-// the answer is the XML that Plivo executes next ("Dial XML").
+// handleAction serves the action URL (see "Dial XML"). It logs how the <Dial>
+// has ended, and answers with the XML that Plivo executes next.
 func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	status := r.FormValue("DialStatus")
 	if status == "" {
@@ -402,8 +404,8 @@ func farewellXML(sentence string) string {
 	return responseXML(new(xml.SpeakElement).AddSpeak(sentence), new(xml.HangupElement))
 }
 
-// dialXML returns the document for a new call. Plivo requires fully qualified
-// URLs in the <Dial> ("Dial XML"), so they begin with the base URL.
+// dialXML returns the document for a new call. The URLs in a <Dial> must be
+// fully qualified (see "Dial XML"), so they begin with the base URL.
 func dialXML(cfg config, baseURL string) string {
 	var phones []any
 	for phone := range strings.SplitSeq(cfg.dialTo, ",") {
@@ -485,7 +487,7 @@ func readForm(r *http.Request) (status int, reason string) {
 	}
 	r.PostForm, r.Form = form, form
 	if len(query) > 0 {
-		maps.Copy(query, form) // replaces the values of a name that is in both
+		maps.Copy(query, form) // if a name is in both, the form wins
 		r.Form = query
 	}
 	return http.StatusOK, ""
@@ -505,14 +507,15 @@ func (a *app) isAuthorized(r *http.Request) bool {
 }
 
 // isSigned reports whether a signature V3 of the request was made with the
-// auth token ("Signature Validation"). The two headers with signatures may
+// auth token (see "Signature Validation"). The two headers with signatures may
 // both be repeated, and each may hold a list. One correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		// The signed text ends with the form, a dot and the nonce. The form
-		// To=1.2 with the nonce 7 and the form To=1 with the nonce 2.7 have
-		// the same text, so an attacker could change a captured request.
+		// The signed text ends with the form, a dot and the nonce. For the
+		// form To=1.2 and the nonce 7, it ends with To1.2.7. The form To=1 and
+		// the nonce 2.7 have the same end: an attacker could cut a captured
+		// form.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -536,15 +539,16 @@ func sign(authToken string, text []byte) string {
 }
 
 // signedText returns the text of which Plivo makes the signature V3 of a POST
-// ("Signature Validation"): the called URL without the query, then the query,
-// the form and the nonce, such as
+// (see "Signature Validation"): the called URL without the query, a question
+// mark (also if there is only a form), the query, the form and the nonce, such
+// as
 //
 //	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// Query and form are decoded, and sorted by name and value. plivo-go's own
-// function is not used, because it leaves out some parts: the second value of
-// a name in the query, and dots and & at the end of the form or the query. An
-// attacker could add these parts to a captured request.
+// Query and form are decoded, and sorted by name and value. plivo-go has a
+// function for this, but it ignores the second value of a name in the query,
+// and some dots and ampersands at the end of the query or the form. So an
+// attacker could add them to a captured request.
 func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 1024)) // enough for what Plivo sends
 	text.WriteString(calledURL)
@@ -587,9 +591,10 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 }
 
 // baseURL returns the URL that Plivo called, without /dialstatus/ and all that
-// follows. It is PUBLIC_URL. If PUBLIC_URL is not set, scheme and host come
-// from the headers of a proxy, or else from the request. Without any host, it
-// is "". Plivo signs the URL without the default port, which some proxies add.
+// follows. If PUBLIC_URL is set, it is the base URL. Otherwise scheme and host
+// come from the headers of a proxy, or else from the request. Without a host,
+// baseURL returns "". Plivo signs the URL without the default port, which some
+// proxies add.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -621,7 +626,8 @@ func (a *app) report(r *http.Request, level slog.Level, record string, fields ..
 	a.log.LogAttrs(r.Context(), level, record, attributes...)
 }
 
-// reject answers a request with the reason why it is not served, and logs it.
+// reject answers a request with the reason why it is not served. It also logs
+// the reason, if mayLogRejection allows it.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
 	if a.mayLogRejection() {
 		a.log.Warn("rejected", "HTTPStatus", status, "reason", truncate(reason),
@@ -646,10 +652,10 @@ func (a *app) mayLogRejection() bool {
 	return a.rejectionCount <= 20
 }
 
-// truncate returns the first 256 bytes of a text. JSON may need six bytes for
-// each of them, such as \u0001. So the longest record, which has ten fields,
-// is shorter than 16 KiB, where Docker splits lines. With an eleventh field,
-// 256 would be too much.
+// truncate returns the first 256 bytes of a text. JSON may write a byte as
+// six, such as \u0001. So the values of the longest record, which has ten
+// fields, have at most 10 * 256 * 6 = 15,360 bytes: the record is shorter than
+// 16 KiB, where Docker splits a line. An eleventh field needs a smaller limit.
 func truncate(text string) string { return text[:min(len(text), 256)] }
 
 // A logWriter writes records to stdout, or to stderr if stdout fails. slog
