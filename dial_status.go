@@ -1,6 +1,5 @@
 // Dialstatus reports what became of every call that Plivo forwards. It is
 // Plivo's guide "Dial Status Reporting Using Go", made fit for real calls.
-//
 // During a phone call, Plivo posts forms to two URLs of this server:
 //
 //	POST /dialstatus/         This is the answer URL: Plivo asks what to do
@@ -13,13 +12,11 @@
 //	                          <Dial> has ended, and the answer is the XML
 //	                          that Plivo executes next.
 //
-// The A leg is the connection between the caller and Plivo. A B leg is the
-// connection between Plivo and one phone that rings. PHLO is Plivo's visual
-// editor for call flows; a call flow can also post to the action URL. A nonce
-// is a text that Plivo invents for one request and signs with the request.
-//
-// A title in quotes, such as "Dial XML", is a page of Plivo's documentation,
-// https://www.plivo.com/docs/.
+// The A leg connects the caller with Plivo. A B leg connects Plivo with one
+// phone that rings. PHLO is Plivo's visual editor for call flows; a call flow
+// can also post to the action URL. A nonce is a text that Plivo invents for
+// one request and signs with it. A title in quotes, such as "Dial XML", is a
+// page of Plivo's documentation, https://www.plivo.com/docs/.
 package main
 
 import (
@@ -79,8 +76,8 @@ func main() {
 // why the server could not start or could not go on.
 func run() error {
 	// The first SIGTERM or SIGINT ends this context. Further signals change
-	// nothing, because some supervisors send two. If the process still runs
-	// four seconds later, because something hangs, it ends with status 1.
+	// nothing, because some supervisors send two. If something hangs, so that
+	// the process still runs four seconds later, it ends with status 1.
 	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
 	// By default, SIGPIPE ends a process that writes to a closed stdout.
@@ -116,10 +113,9 @@ func run() error {
 	}
 }
 
-// listen returns the socket that systemd passes to this process as file 3, if
-// systemd holds one (see the manual page sd_listen_fds), or a new socket at
-// the address. While the process restarts, connections wait in systemd's
-// socket.
+// listen returns a new socket at the address, or the one that systemd holds
+// and passes as file 3 (see the manual page sd_listen_fds): while the process
+// restarts, connections wait in systemd's socket.
 func listen(address string) (net.Listener, error) {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return net.FileListener(os.NewFile(3, "socket of systemd"))
@@ -140,9 +136,8 @@ func newServer(a *app) *http.Server {
 	}
 }
 
-// stop ends the server. Requests that have begun are answered, and so are most
-// requests that begin during the first 1.3 seconds. stop returns after 1.3 to
-// 3.3 seconds. If the log hangs, stop does not return.
+// stop ends the server after 1.3 to 3.3 seconds, in which requests are still
+// answered. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -206,7 +201,7 @@ var variables = []struct {
 	{name: "PHLO_BASIC_AUTH", secret: true, isValid: isLogin,
 		meaning: "user:password that PHLO sends instead of a signature, without quotes around it"},
 	{name: "MARTINI_ENV", byDefault: martini.Dev, isValid: matches(`development|test|production`),
-		meaning: "development, test or production; production needs DIAL_TO, PUBLIC_URL, PLIVO_AUTH_TOKEN"},
+		meaning: "development or test, or production with DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN set"},
 }
 
 const (
@@ -244,8 +239,8 @@ func isLogin(text string) bool {
 }
 
 // configure reads and checks the environment. The error has one line for each
-// problem. The line shows the refused value, unless the variable is secret or
-// the value contains an @, because user:password may be before the @.
+// problem. It does not show secrets, nor a value with an @, because
+// user:password may be before the @.
 func configure(getenv func(string) string) (config, error) {
 	values := make(map[string]string)
 	var errs []error
@@ -358,10 +353,9 @@ func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleProbe tells a monitor whether the server works. If the log hangs, the
-// status is 503: then calls hang, too, because each request is answered after
-// its record is written. Martini sends the status and the text that are
-// returned here.
+// handleProbe tells a monitor whether the server works. If the log hangs,
+// calls hang, too, because a request is answered after its record is written.
+// Martini sends the status and the text that are returned here.
 func (a *app) handleProbe() (int, string) {
 	if a.output.isStuck() {
 		return http.StatusServiceUnavailable, "the log accepts no records\n"
@@ -369,9 +363,8 @@ func (a *app) handleProbe() (int, string) {
 	return http.StatusOK, "dialstatus is running: the answer URL is /dialstatus/\n"
 }
 
-// handleNotFound rejects what has no route: an unknown path with status 404,
-// and a known path with the wrong method, such as GET /dialstatus/, with
-// status 405.
+// handleNotFound rejects an unknown path with status 404, and a known path
+// with the wrong method, such as GET /dialstatus/, with status 405.
 func (a *app) handleNotFound(w http.ResponseWriter, r *http.Request) {
 	status := http.StatusNotFound
 	if methods := a.routes.MethodsFor(r.URL.Path); len(methods) > 0 {
@@ -460,10 +453,9 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// readForm puts the fields of the body into r.PostForm, and the fields of the
-// body and the query into r.Form. It returns status 200, or the status and the
-// reason of a rejection. Request.ParseForm is not used, because it is slower,
-// and accepts a body of another type as if it were an empty form.
+// readForm puts the fields of the body into r.PostForm, and those of body and
+// query into r.Form. It returns status 200, or why to reject the request.
+// Request.ParseForm is slower, and accepts a body that is not a form.
 func readForm(r *http.Request) (status int, reason string) {
 	const maxBody = 16 << 10 // bytes; Plivo sends less than 2 KiB
 	const formType = "application/x-www-form-urlencoded"
@@ -540,15 +532,14 @@ func sign(authToken string, text []byte) string {
 
 // signedText returns the text of which Plivo makes the signature V3 of a POST
 // (see "Signature Validation"): the called URL without the query, a question
-// mark (also if there is only a form), the query, the form and the nonce, such
-// as
+// mark, the query, a dot, the form, a dot and the nonce, such as
 //
 //	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// Query and form are decoded, and sorted by name and value. plivo-go has a
-// function for this, but it ignores the second value of a name in the query,
-// and some dots and ampersands at the end of the query or the form. So an
-// attacker could add them to a captured request.
+// Query and form are decoded, and sorted by name and value. plivo-go's
+// function ignores a second value of a name in the query, and some dots and
+// ampersands at the end of query and form: an attacker could add them to a
+// captured request.
 func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 1024)) // enough for what Plivo sends
 	text.WriteString(calledURL)
@@ -591,10 +582,9 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 }
 
 // baseURL returns the URL that Plivo called, without /dialstatus/ and all that
-// follows. If PUBLIC_URL is set, it is the base URL. Otherwise scheme and host
-// come from the headers of a proxy, or else from the request. Without a host,
-// baseURL returns "". Plivo signs the URL without the default port, which some
-// proxies add.
+// follows: PUBLIC_URL if it is set, otherwise scheme and host from a proxy's
+// headers or from the request, and "" if there is no host. Plivo signs the URL
+// without the default port, which some proxies add.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -639,8 +629,8 @@ func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason 
 }
 
 // mayLogRejection reports whether this rejection is one of the first 20 in
-// this second of the clock. Without the limit, an attacker could fill the disk
-// with records of rejected requests.
+// this second of the clock. Otherwise an attacker could fill the disk with
+// records.
 func (a *app) mayLogRejection() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -652,10 +642,9 @@ func (a *app) mayLogRejection() bool {
 	return a.rejectionCount <= 20
 }
 
-// truncate returns the first 256 bytes of a text. JSON may write a byte as
-// six, such as \u0001. So the values of the longest record, which has ten
-// fields, have at most 10 * 256 * 6 = 15,360 bytes: the record is shorter than
-// 16 KiB, where Docker splits a line. An eleventh field needs a smaller limit.
+// truncate returns the first 256 bytes of a text. JSON may write each as six
+// bytes, such as \u0001. So the ten values of a leg have at most 15,360 bytes,
+// and the record is shorter than 16 KiB, where Docker splits a line.
 func truncate(text string) string { return text[:min(len(text), 256)] }
 
 // A logWriter writes records to stdout, or to stderr if stdout fails. slog

@@ -743,7 +743,7 @@ PHLO_BASIC_AUTH (default "")
     user:password that PHLO sends instead of a signature, without quotes around it
 
 MARTINI_ENV (default "development")
-    development, test or production; production needs DIAL_TO, PUBLIC_URL, PLIVO_AUTH_TOKEN
+    development or test, or production with DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN set
 `
 
 func TestServerDoesNotStart(t *testing.T) {
