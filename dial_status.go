@@ -56,7 +56,7 @@ func main() {
 	flag.Usage = func() {
 		fmt.Fprintln(os.Stderr, "dialstatus takes no arguments. These variables configure it:")
 		for _, v := range variables {
-			fmt.Fprintf(os.Stderr, "\n%s (default %q)\n    %s\n", v.name, v.byDefault, v.meaning)
+			fmt.Fprintf(os.Stderr, "%s (default %q)\n    %s\n", v.name, v.byDefault, v.meaning)
 		}
 	}
 	// Package flag would print an unknown flag, which may be a secret.
@@ -155,7 +155,7 @@ func (a *app) stop(server *http.Server, listener net.Listener) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
-		a.log.Warn("some connections are cut off: their requests were not finished", "cause", err)
+		a.log.Warn("some connections are cut off: they have not finished a request", "cause", err)
 	}
 }
 

@@ -87,12 +87,12 @@ func TestAnswerURL(t *testing.T) {
 	app := newTestApp(t)
 	for _, test := range []struct{ name, form, document, record string }{
 		{name: "a new call", form: newCall, document: dialDocument, record: "call"},
+		{name: "an API call", form: "CallStatus=in-progress", document: dialDocument, record: "call"},
 		{name: "another event", form: "Event=DialHangup", document: dialDocument, record: "call"},
 		{name: "lower case", form: "Event=hangup", document: dialDocument, record: "call"},
-		{name: "a B leg answers", form: "DialAction=answer", document: emptyDocument, record: "leg"},
+		{name: "capitals", form: "CallStatus=Completed", document: dialDocument, record: "call"},
 		{name: "a B leg ends", form: endedLeg, document: emptyDocument, record: "leg"},
-		{name: "DialAction and Event", form: "DialAction=x&Event=Hangup", document: emptyDocument, record: "leg"},
-		{name: "the call ends", form: endedCall, document: emptyDocument, record: "hangup"},
+		{name: "a leg first", form: "DialAction=x&Event=Hangup", document: emptyDocument, record: "leg"},
 		{name: "Event", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -103,7 +103,7 @@ func TestAnswerURL(t *testing.T) {
 	}
 	for _, status := range []string{"completed", "busy", "failed", "timeout", "no-answer", "cancel"} {
 		t.Run("the call ends: "+status, func(t *testing.T) {
-			app.checkXML(t, post("/dialstatus/", "CallStatus="+status), emptyDocument,
+			app.checkXML(t, post("/dialstatus/", "Event=X&CallStatus="+status), emptyDocument,
 				`"level":"INFO","msg":"hangup"`)
 		})
 	}
@@ -115,20 +115,20 @@ func TestActionURL(t *testing.T) {
 		{status: "completed", level: "INFO", document: hangupDocument},
 		{status: "cancel", level: "INFO", document: hangupDocument},
 		{status: "busy", level: "INFO", document: farewell("The line is busy. Please try again later.")},
-		{status: "no-answer", level: "INFO", document: farewell("Nobody answered. Please try again later.")},
+		{status: "no-answer", level: "INFO",
+			document: farewell("Nobody answered. Please try again later.")},
 		{status: "timeout", level: "INFO",
 			document: farewell("The call could not be connected in time. Please try again later.")},
 		{status: "failed", level: "INFO", document: farewell("The call could not be connected.")},
 		{status: "Completed", level: "WARN", document: farewell("The call has ended.")},
 	} {
 		t.Run(test.status, func(t *testing.T) {
-			app.checkXML(t, post("/dialstatus/action", strings.Replace(endedDial, "completed", test.status, 1)),
-				test.document, `"level":"`+test.level+`","msg":"dial","DialStatus":"`+test.status+`"`)
+			form := strings.Replace(endedDial, "completed", test.status, 1)
+			app.checkXML(t, post("/dialstatus/action", form), test.document,
+				`"level":"`+test.level+`","msg":"dial","DialStatus":"`+test.status+`"`)
 		})
 	}
-	t.Run("no DialStatus", func(t *testing.T) {
-		app.checkRejection(t, post("/dialstatus/action/", newCall), 400, noDialStatus)
-	})
+	app.checkRejection(t, post(action, newCall), 400, noDialStatus)
 }
 
 // Plivo and PHLO may send a report in several ways. Each of these requests
@@ -137,14 +137,14 @@ func TestFields(t *testing.T) {
 	app := newTestApp(t)
 	const contentType = "Content-Type: application/x-www-form-urlencoded"
 	for name, r := range map[string]*http.Request{
-		"a content type in capitals":    post(action, endedDial, strings.ToUpper(contentType)),
-		"a content type with a charset": post(action, endedDial, contentType+";charset=utf-8"),
-		"a content type with a space":   post(action, endedDial, contentType+" ; charset=utf-8"),
-		"a query":                       post(action+"?"+endedDial, "", "Content-Type: application/json"),
-		"a query, and a body that wins": post(action+"?DialStatus=busy", endedDial),
-		"two values: the first wins":    post(action, endedDial+"&DialStatus=busy"),
-		"a chunked body":                post(action, endedDial, "Transfer-Encoding: chunked"),
-		"the longest body":              post(action, endedDial+"&x="+aText(16<<10-len(endedDial)-3)),
+		"content type in capitals":     post(action, endedDial, strings.ToUpper(contentType)),
+		"content type, charset":        post(action, endedDial, contentType+";charset=utf-8"),
+		"content type with a space":    post(action, endedDial, contentType+" ; charset=utf-8"),
+		"a query":                      post(action+"?"+endedDial, "", "Content-Type: application/json"),
+		"the body wins over the query": post(action+"?DialStatus=busy", endedDial),
+		"two values: the first wins":   post(action, endedDial+"&DialStatus=busy"),
+		"a chunked body":               post(action, endedDial, "Transfer-Encoding: chunked"),
+		"the longest body":             post(action, endedDial+"&x="+aText(16<<10-len(endedDial)-3)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			app.checkXML(t, r, hangupDocument, `"level":"INFO","msg":"dial","DialStatus":"completed"`)
@@ -161,8 +161,8 @@ func TestDialDocument(t *testing.T) {
 		{name: "without +", variables: []string{"DIAL_TO=9902555"}, phones: "<Number>9902555</Number>"},
 		{name: "longest number", variables: []string{"DIAL_TO=+120255501234567"},
 			phones: "<Number>+120255501234567</Number>"},
-		{name: "several phones", variables: []string{"DIAL_TO=+12025550101,\t sip:a.b@h ,12025550102\n"},
-			phones: "<Number>+12025550101</Number><User>sip:a.b@h</User><Number>12025550102</Number>"},
+		{name: "several phones", variables: []string{"DIAL_TO=+12025550101,\t sip:1@h0 ,12025550102\n"},
+			phones: "<Number>+12025550101</Number><User>sip:1@h0</User><Number>12025550102</Number>"},
 		{name: "all characters of a SIP URI",
 			variables: []string{"DIAL_TO=sip:!a'#$%&*()/+-.:;=?AZ[\\]^_`{|}~@[::1];a=1&b"},
 			phones:    "<User>sip:!a&#39;#$%&amp;*()/+-.:;=?AZ[\\]^_`{|}~@[::1];a=1&amp;b</User>"},
@@ -174,16 +174,16 @@ func TestDialDocument(t *testing.T) {
 				dialStart+test.attributes+dialEnd+test.phones+"</Dial></Response>", callRecord)
 		})
 	}
-	t.Run("everything", func(t *testing.T) {
-		app := newTestApp(t, "PUBLIC_URL=http://calls.example.org", "CALLER_ID=+12025550150",
-			"DIAL_TIMEOUT=30", "CALLBACK_CONFIG=#rc=3&rp=5xx,ct", "DIAL_TO=+12025550101,+12025550102")
-		app.checkXML(t, post("/dialstatus/", newCall),
-			`<Response><Dial action="http://calls.example.org/dialstatus/action/#rc=3&amp;rp=5xx,ct" `+
-				`method="POST" timeout="30" callerId="+12025550150" `+
-				`callbackUrl="http://calls.example.org/dialstatus/#rc=3&amp;rp=5xx,ct" `+
-				`callbackMethod="POST" redirect="true"><Number>+12025550101</Number><Number>+12025550102</Number>`+
-				`</Dial></Response>`, callRecord)
-	})
+	newTestApp(t, "CALLBACK_CONFIG=rc=3").checkXML(t, post("/dialstatus/", newCall),
+		strings.ReplaceAll(dialDocument, `/" `, `/#rc=3" `), callRecord)
+	everything := newTestApp(t, "PUBLIC_URL=http://calls.example.org", "CALLER_ID=+12025550150",
+		"DIAL_TIMEOUT=30", "CALLBACK_CONFIG=#rc=3&rp=5xx,ct", "DIAL_TO=+12025550101")
+	everything.checkXML(t, post("/dialstatus/", newCall),
+		`<Response><Dial action="http://calls.example.org/dialstatus/action/#rc=3&amp;rp=5xx,ct" `+
+			`method="POST" timeout="30" callerId="+12025550150" `+
+			`callbackUrl="http://calls.example.org/dialstatus/#rc=3&amp;rp=5xx,ct" `+
+			`callbackMethod="POST" redirect="true"><Number>+12025550101</Number></Dial></Response>`,
+		callRecord)
 }
 
 // The URLs in the <Dial>, and the URL in the record of a rejection, begin with
@@ -195,18 +195,17 @@ func TestBaseURL(t *testing.T) {
 	for _, test := range []struct{ name, publicURL, headers, baseURL string }{
 		{name: "curl", headers: "Host: localhost:8080", baseURL: "http://localhost:8080"},
 		{name: "IPv6", headers: "Host: [::1]:80", baseURL: "http://[::1]"},
-		{name: "ngrok", headers: "Host: localhost:8080; X-Forwarded-Host: a.ngrok.app; " + forwardedHTTPS,
-			baseURL: "https://a.ngrok.app"},
 		{name: "two proxies", headers: "X-Forwarded-Proto: HTTPS , http; " +
-			"X-Forwarded-Host: Calls.Example.org:8443 , inner:80",
+			"X-Forwarded-Host: Calls.Example.org:8443,inner:80",
 			baseURL: "https://Calls.Example.org:8443"},
 		{name: "two lines", headers: "X-Forwarded-Host: a; X-Forwarded-Host: b", baseURL: "http://a"},
+		{name: "http", headers: "X-Forwarded-Proto: http,https", baseURL: "http://example.com"},
+		{name: "port 80", headers: "X-Forwarded-Host: a:80; " + forwardedHTTPS, baseURL: "https://a:80"},
 		{name: "only a scheme", headers: forwardedHTTPS, baseURL: "https://example.com"},
-		{name: "only a host", headers: "X-Forwarded-Host: a:8080", baseURL: "http://a:8080"},
 		{name: "an empty host", headers: "X-Forwarded-Host:  ", baseURL: "http://example.com"},
-		{name: "ftp", headers: "X-Forwarded-Proto: ftp; X-Forwarded-Host: a:443", baseURL: "http://a:443"},
+		{name: "ftp", headers: "Host: a:443; X-Forwarded-Proto: ftp", baseURL: "http://a:443"},
 		{name: "port 443", headers: "X-Forwarded-Host: a:443; " + forwardedHTTPS, baseURL: "https://a"},
-		{name: "port 4430", headers: "X-Forwarded-Host: a:4430; " + forwardedHTTPS, baseURL: "https://a:4430"},
+		{name: "port 4430", headers: "Host: a:4430; " + forwardedHTTPS, baseURL: "https://a:4430"},
 		{name: "no host", headers: "Host: ", baseURL: ""},
 		{name: "odd host", headers: "X-Forwarded-Host: " + oddHost, baseURL: "http://" + oddHost},
 		{name: "PUBLIC_URL", publicURL: "https://calls.example.org:8443/plivo/",
@@ -236,7 +235,6 @@ func TestNotFound(t *testing.T) {
 		{method: "GET", path: "/dialstatus/", allow: "POST"},
 		{method: "PUT", path: "/dialstatus/action", allow: "POST"},
 		{method: "POST", path: "/", allow: "GET"},
-		{method: "POST", path: "/dialstatus/x"},
 		{method: "GET", path: "/dial_status.go"},
 	} {
 		t.Run(test.method+" "+test.path, func(t *testing.T) {
@@ -259,7 +257,6 @@ func TestBadInput(t *testing.T) {
 	const answerURL = "/dialstatus/?a=b" // the query must not hide a bad body
 	const jsonType = "Content-Type: application/json"
 	for name, r := range map[string]*http.Request{
-		"JSON":            post(answerURL, "1", jsonType),
 		"chunked JSON":    post(answerURL, "1", jsonType, "Transfer-Encoding: chunked"),
 		"no content type": post(answerURL, "a=b", "Content-Type: "),
 		"a content type that begins alike": post(answerURL, "a=b",
@@ -304,7 +301,6 @@ func TestRecords(t *testing.T) {
 	app := newTestApp(t)
 	for _, test := range []struct{ name, record, target, form string }{
 		{name: "call", record: "call", target: "/dialstatus/", form: newCall},
-		{name: "odd characters", record: "call", target: "/dialstatus/", form: "From=+%22%FF%0A"},
 		{name: "leg", record: "leg", target: "/dialstatus/", form: endedLeg},
 		{name: "dial", record: "dial", target: action, form: endedDial},
 		{name: "missing fields", record: "dial", target: action, form: "DialStatus=busy"},
@@ -315,7 +311,7 @@ func TestRecords(t *testing.T) {
 			var attributes []any
 			for _, field := range recordFields[test.record] {
 				attributes = append(attributes, field, sent.Get(field))
-				long.Set(field, strings.Repeat("\x01", 257))
+				long.Set(field, strings.Repeat("\x01", 256)+"x")
 			}
 			app.send(post(test.target, test.form))
 			check(t, "record", app.lastRecord(), logLine(slog.LevelInfo, test.record, attributes...))
@@ -422,36 +418,33 @@ func TestAcceptedSenders(t *testing.T) {
 	const nonceHeader, withQuery = v3NonceHeader + testNonce, action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	for name, r := range map[string]*http.Request{
-		"answer URL":                            signedPost("/dialstatus/", newCall),
-		"action URL without the slash":          signedPost("/dialstatus/action", endedDial),
-		"a repeated name in the query":          signedPost(withQuery+"&a=&a=a", "DialStatus=busy"),
-		"a repeated field":                      signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
-		"names that begin alike":                signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
-		"a withQuery, and a dot after the form": signedPost(withQuery, endedDial+"."),
-		"empty values":                          signedPost(withQuery+"&c=&d", endedDial+"&c=&d"),
-		"an empty name in the query":            signedPost("/dialstatus/?=", ""),
-		"not ASCII":                             signedPost(withQuery+"&N=J%C3%BCrgen", endedDial+"&N=%E7%8E%8B%ff\n"),
-		"a query without a form":                signedPost(action+"?DialStatus=busy", ""),
-		"neither query nor form":                signedPost("/dialstatus/?", ""),
-		"an escape in the path":                 signedPost("/dialstatus%2Faction/", endedDial),
-		"the main account's signature":          postWith(nonceHeader, v3MainHeader+signature),
-		"the last of four signatures": postWith(nonceHeader, v3Header+strings.Repeat(otherSignature+", ", 3)+
-			signature+" ,"),
-		"the second of two headers":        postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
-		"a nonce with letters":             postWith(v3NonceHeader+"a-Z_0", v3Header+signatureOf(endedDial, "a-Z_0")),
-		"a signature beside a wrong login": signedPost(action, endedDial, login(":")),
-		"PHLO's login":                     postWith(login(testLogin)),
+		"answer URL":             signedPost("/dialstatus/", newCall),
+		"no slash at the end":    signedPost("/dialstatus/action", endedDial),
+		"a repeated query name":  signedPost(withQuery+"&a=&a=a", "DialStatus=busy"),
+		"a repeated field":       signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
+		"names that begin alike": signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
+		"a dot after the form":   signedPost(withQuery, endedDial+"."),
+		"empty values":           signedPost(withQuery+"&c=&d", endedDial+"&c=&d"),
+		"an empty query name":    signedPost("/dialstatus/?=", ""),
+		"not ASCII":              signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
+		"neither query nor form": signedPost("/dialstatus/?", ""),
+		"an escape in the path":  signedPost("/dialstatus%2Faction/", endedDial),
+		"main account":           postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
+		"the last of four signatures": postWith(nonceHeader,
+			v3Header+strings.Repeat(otherSignature+", ", 3)+signature+" ,"),
+		"the second header":    postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
+		"a nonce with letters": postWith(v3NonceHeader+"a-Z", v3Header+signatureOf(endedDial, "a-Z")),
+		"and a wrong login":    signedPost(action, endedDial, login(":")),
+		"PHLO's login":         postWith(login(testLogin)),
 	} {
 		t.Run(name, func(t *testing.T) { check(t, "status", app.send(r).Code, 200) })
 	}
-	t.Run("ngrok", func(t *testing.T) {
-		check(t, "status", newTestApp(t, token).send(signedPost("/dialstatus/", newCall,
-			"X-Forwarded-Proto: https", "Host: localhost:8080", "X-Forwarded-Host: Calls.example.org")).Code, 200)
-	})
-	t.Run("anybody, if no token is set", func(t *testing.T) {
-		app := newTestApp(t, "PHLO_BASIC_AUTH="+testLogin)
-		check(t, "status", app.send(postWith(nonceHeader, v3Header+otherSignature)).Code, 200)
-	})
+	ngrok := signedPost("/dialstatus/", newCall, "X-Forwarded-Proto: https", "Host: localhost:8080",
+		"X-Forwarded-Host: Calls.example.org")
+	check(t, "status behind ngrok", newTestApp(t, token).send(ngrok).Code, 200)
+	anybody := postWith(nonceHeader, v3Header+otherSignature)
+	withoutToken := newTestApp(t, "PHLO_BASIC_AUTH="+testLogin)
+	check(t, "status without a token", withoutToken.send(anybody).Code, 200)
 }
 
 func TestForgeries(t *testing.T) {
@@ -467,16 +460,14 @@ func TestForgeries(t *testing.T) {
 	}
 	signed, signedQuery := signedPost(action, endedDial), signedPost(withQuery, endedDial)
 	for name, r := range map[string]*http.Request{
-		"no signature":                      post("/dialstatus/", newCall),
-		"a changed field":                   captured(signed, action, strings.Replace(endedDial, "2", "3", 1)),
-		"one more field":                    captured(signed, action, endedDial+"&X="),
-		"one more value of a field":         captured(signed, action, endedDial+"&To=1"),
-		"one more query":                    captured(signed, withQuery, endedDial),
-		"one more value in the query":       captured(signedQuery, withQuery+"&a=c", endedDial),
-		"dots after the form, with a query": captured(signedQuery, withQuery, endedDial+".."),
-		"a dot after the query":             captured(signedPost(withQuery, ""), withQuery+"%2E", ""),
-		"another path":                      captured(signed, "/dialstatus/", endedDial),
-		"an escape in the path":             captured(signed, "/dialstatus%2Faction/", endedDial),
+		"no signature":          post("/dialstatus/", newCall),
+		"a changed field":       captured(signed, action, strings.Replace(endedDial, "2", "3", 1)),
+		"one more query":        captured(signed, withQuery, endedDial),
+		"one more query value":  captured(signedQuery, withQuery+"&a=c", endedDial),
+		"dots after the form":   captured(signedQuery, withQuery, endedDial+".."),
+		"a dot after the query": captured(signedPost(withQuery, ""), withQuery+"%2E", ""),
+		"another path":          captured(signed, "/dialstatus/", endedDial),
+		"an escape in the path": captured(signed, "/dialstatus%2Faction/", endedDial),
 		// Plivo signed the form with ".end" at the end, and the nonce 0542.
 		"the end of the form in the nonce": postWith(v3NonceHeader+"end.0542",
 			v3Header+signatureOf(endedDial+".end", "0542")),
@@ -484,10 +475,13 @@ func TestForgeries(t *testing.T) {
 		"a part of the signature":     postWith(nonceHeader, v3Header+signature[:43]),
 		"more than the signature":     postWith(nonceHeader, v3Header+signature+"="),
 		"the signature in lower case": postWith(nonceHeader, v3Header+strings.ToLower(signature)),
-		"signature V2, which signs neither form nor query": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+
-			testNonce, "X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
-		"another password":  postWith(login(strings.Replace(testLogin, "pass", "PASS", 1))),
-		"a longer password": postWith(login(testLogin + " ")),
+		// Signature V2 signs neither the query nor the form.
+		"signature V2": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
+			"X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
+		"another password":   postWith(login(strings.Replace(testLogin, "pass", "PASS", 1))),
+		"a shorter password": postWith(login(testLogin[:len(testLogin)-1])),
+		"a longer password":  postWith(login(testLogin + " ")),
+		"another user":       postWith(login("x" + testLogin)),
 	} {
 		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 403, notAuthorized) })
 	}
@@ -495,7 +489,6 @@ func TestForgeries(t *testing.T) {
 	for name, r := range map[string]*http.Request{
 		"another scheme": signedPost(action, endedDial, "Host: Calls.example.org"),
 		"only a nonce":   postWith(nonceHeader),
-		"an empty login": postWith(login(":")),
 	} {
 		t.Run(name, func(t *testing.T) { behindTunnel.checkRejection(t, r, 403, notAuthorized) })
 	}
@@ -505,17 +498,16 @@ func TestConfiguration(t *testing.T) {
 	for _, variable := range []string{
 		"DIAL_TIMEOUT=999999999", "MARTINI_ENV=test", "MARTINI_ENV=development",
 		"PLIVO_AUTH_TOKEN=aZ0+/_-=", "PHLO_BASIC_AUTH=ü:x:", `PHLO_BASIC_AUTH=x "y:"b"c`,
-		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatus1", "PUBLIC_URL=http://1_",
+		"PUBLIC_URL=http://dialstatus/mydialstatus/dialstatus1", "PUBLIC_URL=http://a-Z9.b_/",
 		"PUBLIC_URL=http://[fe80::FFFF:1.2.3.4]:65535/AZaz09%20~.-_",
-		"CALLBACK_CONFIG=ct=2000&er=n_california&plivo_retries=5",
+		"CALLBACK_CONFIG=ct=2000&er=n_california&plivo_retries=5", "CALLBACK_CONFIG=az=AZaz09_,",
 	} {
 		_, err := configure(environment(variable))
 		check(t, "error with "+variable, fmt.Sprint(err), "<nil>")
 	}
-	for variable, address := range map[string]string{"HOST=": ":8080", "HOST=[::]": "[::]:8080",
-		"HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080", "PORT=0": ":0"} {
-		cfg, err := configure(environment(variable))
-		check(t, "error with "+variable, fmt.Sprint(err), "<nil>")
+	for variable, address := range map[string]string{"PORT=0": ":0",
+		"HOST=[FE80::1%eth0]": "[FE80::1%eth0]:8080", "HOST=fe80::1%eth-0": "[fe80::1%eth-0]:8080"} {
+		cfg, _ := configure(environment(variable))
 		check(t, "address with "+variable, cfg.address, address)
 	}
 }
@@ -524,33 +516,34 @@ func TestConfigurationErrors(t *testing.T) {
 	for variable, values := range map[string][]string{
 		"DIAL_TO": {"me", "+120255", "+02025550123", "++12025550123", "+1202555012345678",
 			"+1 202 555 0123", "+1-202-555-0123", "tel:+12025550123", "12025550123,", ",12025550123",
-			"12025550123;12025550124", " ", `"+12025550101"`, "sip:user:s3cret@host x", "sip:@b", "sip:a@",
-			"sip:a@b@c", "sip:a@bü", "sip:a@b\x7f", "sip:a@b\x01", "sip:a@b\nc", "sip:a@b<", "sip:a>@b",
+			"12025550123;12025550124", " ", `"+12025550101"`, "sip:user:s3cret@host x", "sip:a", "sip:@b",
+			"sip:a@", "sip:a@b@c", "sip:a@bü", "sip:a@b\x7f", "sip:a@b\x01", "sip:a\n@b", "sip:a@b<", "sip:a>@b",
 			`sip:"a"@b`, "sip:a b@c", "sip:a,b@c", "sips:a@b", "SIP:a@b"},
-		"CALLER_ID":    {"Alice", "12025550123,12025550124", "12025550123\n"},
+		"CALLER_ID":    {"Alice", "sip:a@b", "12025550123,12025550124", "12025550123\n"},
 		"DIAL_TIMEOUT": {"0", "-1", "1.5", "30s", "1234567890"},
 		"PUBLIC_URL": {"h", "ftp://h", "HTTPS://h", "https://", "https://h:", "https://[fe80::1%25e]",
-			"https://a*b", "http://h/%zz", "https://h/a b", "https://h/?", "https://h/#", `http://h/a"<b>`,
-			"http://.h", "https://h/dialstatus", "https://h/a/dialstatus/", "https://h/dialstatus%2Faction/x",
+			"https://a*b", "http://h/%zz", "https://h/a b", "https://h/?", "https://h/#", `http://h/a"b`,
+			"http://h/a<b", "http://h/a+b", "http://.h", "http://_h", "http://-h", "https://h~",
+			"https://h%C3%BC", "https://h/dialstatus", "https://h/a/dialstatus/",
+			"https://h/dialstatus%2Faction/x",
 			"https://s3cret@example.com"},
 		"CALLBACK_CONFIG": {"#", "rc", "rc=", "=3", "rc=3&", "&rc=3", "##rc=3", "rc=3&&rp=5xx",
-			"rc=3#rp=5xx", "rc=3;rp=5xx", "RC=3", "rc=3 ", `"rc=3"`, "rc=-1"},
-		"HOST":             {"a b", "localhost\n", "[", "]", "[]", "[::1", "::1]", "[[::1]]"},
+			"rc=3#rp=5xx", "rc=3;rp=5xx", "RC=3", "rc=3 ", `"rc=3"`, "rc=3rp=5xx", "r1=3", "rc=3.5"},
+		"HOST":             {"a b", "a\n", "[", "]", "[]", "[::1", "::1]", "[a b]", "[[::1]", "[::1]]"},
 		"PORT":             {"-1", " 80", "80\n"},
 		"MARTINI_ENV":      {"Production", "production ", "protest", `"test"`},
 		"PLIVO_AUTH_TOKEN": {"s3cret\n", "\ts3cret", "s3 cret", `"s3cret"`, "'s3cret'"},
-		"PHLO_BASIC_AUTH": {"s3;cret", ":s3cret", "s3cret:", "a:b\n", "a:b\rc", "a\nb:c", " a:b", "a:b ",
+		"PHLO_BASIC_AUTH": {"s3;cret", ":s3cret", "s3cret:", "a:b\n", "a\nb:c", "a:\tb", " a:b", "a:b ",
 			`"a:b`, "'a:b", `a:b"`, "a:b'"},
 	} {
 		for _, value := range values {
 			shown := value
-			if variable == "PLIVO_AUTH_TOKEN" || variable == "PHLO_BASIC_AUTH" || strings.Contains(value, "@") {
+			if strings.Contains(variable, "AUTH") || strings.Contains(value, "@") {
 				shown = "(not shown)"
 			}
 			_, err := configure(environment(variable + "=" + value))
-			start, meaning, _ := strings.Cut(fmt.Sprint(err), ": it must be ")
+			start, _, _ := strings.Cut(fmt.Sprint(err), ": it must be ")
 			check(t, "error", start, fmt.Sprintf("%s %q", variable, shown))
-			check(t, "an error of one line", meaning != "" && !strings.Contains(meaning, "\n"), true)
 		}
 	}
 	_, err := configure(environment("MARTINI_ENV=production", "DIAL_TIMEOUT=x"))
@@ -567,7 +560,7 @@ func TestServerLimits(t *testing.T) {
 	server.Start()
 	defer server.Close()
 	address := server.Listener.Addr().String()
-	statusOf := func(r *http.Request) string { return exchange(address, r)[:3] }
+	statusOf := func(r *http.Request) string { return exchange(t, address, r)[:3] }
 	check(t, "a header below 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16000))), "200")
 	check(t, "a header above 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16500))), "431")
 	check(t, "a body above 16 KiB", statusOf(post("/dialstatus/", aText(16<<10+1))), "413")
@@ -587,10 +580,10 @@ func TestPanic(t *testing.T) {
 		answer.Body.Close()
 	}
 	check(t, "no answer", errors.Is(err, io.EOF), true)
-	check(t, "the server goes on", exchange(server.Listener.Addr().String(), get()), probeOK)
+	check(t, "the server goes on", exchange(t, server.Listener.Addr().String(), get()), probeOK)
 	server.Close()
-	check(t, "record", regexp.MustCompile(`^"level":"ERROR","msg":"http: panic serving .*handleAnswer.*}$`).
-		MatchString(app.lastRecord()), true)
+	stack := regexp.MustCompile(`^"level":"ERROR","msg":"http: panic serving .*handleAnswer.*}$`)
+	check(t, "record", stack.MatchString(app.lastRecord()), true)
 }
 
 // A record that stdout does not accept is on stderr, after the cause.
@@ -604,6 +597,8 @@ func TestLogWriter(t *testing.T) {
 			stdout: "three\n", stderr: "CAUSE one\nCAUSE two\n"},
 		{name: "a part, then nothing", accepted: []int{2, 0},
 			stdout: "on\nthree\n", stderr: "CAUSE one\nCAUSE two\n"},
+		{name: "one byte, twice", accepted: []int{1, 1},
+			stdout: "o\nthree\n", stderr: "CAUSE one\nCAUSE two\n"},
 		{name: "all but the line feed", accepted: []int{3},
 			stdout: "one\ntwo\nthree\n", stderr: "CAUSE one\n"},
 	} {
@@ -611,8 +606,8 @@ func TestLogWriter(t *testing.T) {
 			stdout, stderr := &limitedWriter{accepted: test.accepted}, new(limitedWriter)
 			writer := &logWriter{stdout: stdout, stderr: stderr}
 			for _, record := range []string{"one\n", "two\n", "three\n"} {
-				n := must(io.WriteString(writer, record))
-				check(t, "bytes", n, len(record))
+				check(t, "bytes", must(io.WriteString(writer, record)), len(record))
+				check(t, "writing since", writer.writingSince.Load(), 0)
 			}
 			check(t, "stdout", stdout.String(), test.stdout)
 			const cause = `"level":"ERROR","msg":"stdout failed","cause":"no space left"}`
@@ -677,7 +672,7 @@ func Fuzz(f *testing.F) {
 			"X-Forwarded-Proto: " + proto, "X-Forwarded-Host: " + forwardedHost, v3Header + signature,
 			v3MainHeader + signature, v3NonceHeader + nonce, "Authorization: " + login}
 		sendAndCheck(withoutToken, headers...)
-		check(t, "served without a valid signature or login", sendAndCheck(withLogin, headers...) == 200, false)
+		check(t, "served without authorization", sendAndCheck(withLogin, headers...) == 200, false)
 		signature = plivoSignature(testToken, publicURL+path+"?"+target.RawQuery, body, testNonce)
 		signed := []string{v3Header + signature, v3NonceHeader + testNonce}
 		check(t, "refused though it is signed", sendAndCheck(withToken, signed...) == 403, false)
@@ -687,18 +682,22 @@ func Fuzz(f *testing.F) {
 // The tests below start the server as a process of its own, with real signals.
 
 func TestStartRecords(t *testing.T) {
+	const exampleWarning = "DIAL_TO is not set, or is the example number: " +
+		"no real number will be dialled"
 	const noTokenWarning = "PLIVO_AUTH_TOKEN is not set: every request is accepted. " +
 		"PHLO_BASIC_AUTH alone protects nothing"
 	for _, test := range []struct {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "nothing is set", warnings: []string{
-			"DIAL_TO is not set, or is the example number: no real number will be dialled", noTokenWarning}},
+		{name: "nothing is set", warnings: []string{exampleWarning, noTokenWarning}},
+		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
+			warnings: []string{exampleWarning}},
 		{name: "only PHLO's login", variables: []string{"DIAL_TO=+12025550143", "PHLO_BASIC_AUTH=a:b"},
 			warnings: []string{noTokenWarning}},
-		{name: "production, and a socket for another process", variables: []string{"DIAL_TO=+12025550123,+12025550143",
-			"PLIVO_AUTH_TOKEN=x", "PUBLIC_URL=https://h", "MARTINI_ENV=production", "LISTEN_PID=1"}},
+		{name: "production, and a socket for another process", variables: []string{
+			"DIAL_TO=+12025550123,+12025550143", "PLIVO_AUTH_TOKEN=x", "PUBLIC_URL=https://h",
+			"MARTINI_ENV=production", "LISTEN_PID=1", "HOST=127.0.0.2"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -707,41 +706,31 @@ func TestStartRecords(t *testing.T) {
 			for _, warning := range test.warnings {
 				want = append(want, logLine(slog.LevelWarn, warning))
 			}
-			check(t, "probe", exchange(server.address, get()), probeOK)
+			check(t, "probe", exchange(t, server.address, get()), probeOK)
 			check(t, "log", strings.Join(records(content(server.stdout)), "\n"), strings.Join(want, "\n"))
 		})
 	}
 }
 
 const help = `dialstatus takes no arguments. These variables configure it:
-
 DIAL_TO (default "+12025550123")
     E.164 numbers (country code first) and sip: URIs to dial, separated by commas
-
 CALLER_ID (default "")
     the number that the called phone shows, an E.164 number of your Plivo account
-
 DIAL_TIMEOUT (default "")
     the time for which phones ring, in whole seconds, at least 1
-
 PUBLIC_URL (default "")
     the http or https URL at which Plivo reaches this server, without /dialstatus/
-
 CALLBACK_CONFIG (default "")
     Plivo's rules for repeating a failed report, such as rc=3&rp=5xx,ct,rt
-
 HOST (default "")
     the name or IP address at which the server listens, without a port
-
 PORT (default "8080")
     the number of the port at which the server listens, or 0 for any free port
-
 PLIVO_AUTH_TOKEN (default "")
     the auth token with which Plivo signs requests, without quotes or white space
-
 PHLO_BASIC_AUTH (default "")
     user:password that PHLO sends instead of a signature, without quotes around it
-
 MARTINI_ENV (default "development")
     development or test, or production with DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN set
 `
@@ -761,7 +750,7 @@ func TestServerDoesNotStart(t *testing.T) {
 		stderr string
 	}{
 		{name: "help", server: process{argument: "-h"}, status: 0, stderr: help},
-		{name: "an argument", server: process{argument: "PLIVO_AUTH_TOKEN=s3cret"}, status: 2, stderr: help},
+		{name: "an argument", server: process{argument: "TOKEN=s3cret"}, status: 2, stderr: help},
 		{name: "an option", server: process{argument: "-s3cret"}, status: 2, stderr: help},
 		{name: "a bad value", server: process{variables: []string{"PORT=http"}}, status: 1,
 			stderr: "PORT \"http\": it must be the number of the port at which the server listens, " +
@@ -789,9 +778,8 @@ func TestClosedStdout(t *testing.T) {
 	reader, stdout := pipe(t)
 	reader.Close()
 	server := start(t, process{output: stdout})
-	check(t, "answer", exchange(server.address, post(action, endedDial)), "200 "+hangupDocument)
+	check(t, "answer", exchange(t, server.address, post(action, endedDial)), "200 "+hangupDocument)
 	check(t, "reports on stderr", strings.Count(content(server.stderr), `"msg":"dial"`), 1)
-	check(t, "causes on stderr", strings.Count(content(server.stderr), "broken pipe"), 4) // 3 at the start
 }
 
 // A client that sends too slowly is cut off: after 5 s in the header, and
@@ -854,7 +842,7 @@ func TestStop(t *testing.T) {
 			stdout := content(server.stdout)
 			check(t, "reports", strings.Count(stdout, `"msg":"dial"`), 4) // kept: 2, newest, late
 			check(t, "last record", records(stdout)[len(records(stdout))-1], logLine(slog.LevelWarn,
-				"some connections are cut off: their requests were not finished",
+				"some connections are cut off: they have not finished a request",
 				"cause", context.DeadlineExceeded))
 		})
 	}
@@ -868,6 +856,8 @@ func TestSocketOfSystemd(t *testing.T) {
 	first := start(t, process{socket: socket})
 	check(t, "address", first.address, listener.Addr().String())
 	first.checkEndAfterSignal(t, "exit status 0", time.Second)
+	check(t, "log at the end", records(content(first.stdout))[3], logLine(slog.LevelInfo, "stopping"))
+	check(t, "number of records", len(records(content(first.stdout))), 4)
 	client := first.connect(t) // waits in the socket
 	io.WriteString(client, requestHeader)
 	second := start(t, process{socket: socket})
@@ -900,16 +890,14 @@ func TestFullPipe(t *testing.T) {
 	}
 	sent := fill()
 	stuckSince := time.Now().Add(-impatient.Timeout)
-	check(t, "probe at first", exchange(server.address, get()), probeOK)
-	waitFor(t, "the probe to change", func() bool { return exchange(server.address, get()) != probeOK })
-	check(t, "probe", exchange(server.address, get()), "503 the log accepts no records\n")
+	check(t, "probe at first", exchange(t, server.address, get()), probeOK)
+	waitFor(t, "a bad probe", func() bool { return exchange(t, server.address, get()) != probeOK })
+	check(t, "probe", exchange(t, server.address, get()), "503 the log accepts no records\n")
 	check(t, "time until then", time.Since(stuckSince).Round(time.Second), 4*time.Second)
-
 	reader.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 	logged, _ := io.ReadAll(reader)
 	check(t, "reports that were read", strings.Count(string(logged), `"msg":"call"`), sent)
-	check(t, "probe when the pipe has been read", exchange(server.address, get()), probeOK)
-
+	check(t, "probe when the pipe has been read", exchange(t, server.address, get()), probeOK)
 	fill()
 	server.checkEndAfterSignal(t, "exit status 1", 4*time.Second)
 }
@@ -1118,7 +1106,11 @@ type testApp struct {
 func newTestApp(t testing.TB, variables ...string) *testApp {
 	t.Helper()
 	test := &testApp{answer: httptest.NewRecorder()}
-	test.app = newApp(must(configure(environment(variables...))), &logWriter{stdout: test})
+	cfg, err := configure(environment(variables...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	test.app = newApp(cfg, &logWriter{stdout: test})
 	return test
 }
 
@@ -1140,14 +1132,14 @@ func (test *testApp) send(r *http.Request) *httptest.ResponseRecorder {
 }
 
 // lastRecord returns what the last request left in the log.
-func (test *testApp) lastRecord() string { return strings.Join(records(test.logged.String()), "\n") }
+func (a *testApp) lastRecord() string { return strings.Join(records(a.logged.String()), "\n") }
 
 // checkXML sends a request, and checks the answer and the start of the record.
 func (test *testApp) checkXML(t *testing.T, r *http.Request, document, recordStart string) {
 	t.Helper()
 	answer := test.send(r)
 	check(t, "status", answer.Code, 200)
-	check(t, "content type", answer.Header().Get("Content-Type"), "application/xml")
+	check(t, "content type", answer.Result().Header.Get("Content-Type"), "application/xml")
 	check(t, "document", answer.Body.String(), document)
 	check(t, "number of records", strings.Count(test.logged.String(), "\n"), 1)
 	check(t, "record", test.lastRecord()[:min(len(test.lastRecord()), len(recordStart))], recordStart)
@@ -1199,8 +1191,8 @@ func launch(t *testing.T, p process) *process {
 	p.stdout, p.stderr = emptyFile(t), emptyFile(t)
 	p.Cmd = exec.Command(os.Args[0], strings.Fields(p.argument)...)
 	p.Cmd.Stdout, p.Cmd.Stderr = cmp.Or(p.output, p.stdout), p.stderr
-	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0", "GOCOVERDIR=" + t.TempDir(),
-		"GORACE=atexit_sleep_ms=0"}, p.variables...)
+	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0",
+		"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, p.variables...)
 	if p.socket != nil {
 		p.Env = append(p.Env, "TEST_SERVER=with socket")
 		p.ExtraFiles = []*os.File{p.socket}
@@ -1276,10 +1268,14 @@ func emptyFile(t *testing.T) *os.File {
 }
 
 // exchange sends a request, and returns status and body, such as "200 ok".
-func exchange(address string, r *http.Request) string {
+func exchange(t *testing.T, address string, r *http.Request) string {
+	t.Helper()
 	r.RequestURI = "" // only a server sets it
 	r.URL.Scheme, r.URL.Host, r.Close = "http", address, true
-	answer := must(http.DefaultClient.Do(r))
+	answer, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer answer.Body.Close()
 	return fmt.Sprint(answer.StatusCode, " ", string(must(io.ReadAll(answer.Body))))
 }
@@ -1304,7 +1300,11 @@ type client struct {
 
 // connect opens a connection to the server.
 func (p *process) connect(t *testing.T) client {
-	conn := must(net.Dial("tcp", p.address))
+	t.Helper()
+	conn, err := net.Dial("tcp", p.address)
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { conn.Close() })
 	return client{Conn: conn, reader: bufio.NewReader(conn)}
 }
