@@ -14,9 +14,9 @@
 //
 // The A leg connects the caller with Plivo. A B leg connects Plivo with one
 // phone that rings. PHLO is Plivo's visual editor for call flows; a call flow
-// can also post to the action URL. A nonce is a text that Plivo invents for
-// one request and signs with it. A title in quotes, such as "Dial XML", is a
-// page of Plivo's documentation, https://www.plivo.com/docs/.
+// can also post to these URLs. A nonce is a text that Plivo invents for one
+// request and signs with it. A title in quotes, such as "Dial XML", is a page
+// of Plivo's documentation, https://www.plivo.com/docs/.
 package main
 
 import (
@@ -59,7 +59,8 @@ func main() {
 			fmt.Fprintf(os.Stderr, "%s (default %q)\n    %s\n", v.name, v.byDefault, v.meaning)
 		}
 	}
-	// Package flag would print an unknown flag, which may be a secret.
+	// Package flag must not print an unknown flag, which may be a secret.
+	// Usage is printed all the same.
 	flag.CommandLine.SetOutput(io.Discard)
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -113,9 +114,9 @@ func run() error {
 	}
 }
 
-// listen returns a new socket at the address, or the one that systemd holds
-// and passes as file 3 (see the manual page sd_listen_fds): while the process
-// restarts, connections wait in systemd's socket.
+// listen returns a new socket at the address. If systemd has passed a socket
+// as file descriptor 3 (see the manual page sd_listen_fds), listen returns
+// that one. Connections wait in systemd's socket while this process restarts.
 func listen(address string) (net.Listener, error) {
 	if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
 		return net.FileListener(os.NewFile(3, "socket of systemd"))
@@ -136,8 +137,8 @@ func newServer(a *app) *http.Server {
 	}
 }
 
-// stop ends the server after 1.3 to 3.3 seconds, in which requests are still
-// answered. If the log hangs, stop does not return.
+// stop ends the server within 1.3 to 3.3 seconds. New connections are accepted
+// during the first second. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -146,9 +147,10 @@ func (a *app) stop(server *http.Server, listener net.Listener) {
 	a.log.Info("stopping")
 	time.Sleep(time.Second)
 
-	// Once Shutdown has begun, net/http drops a request on a new connection.
-	// To prevent this, the listener closes first, and the connections that it
-	// has just accepted get 300 ms to send a request.
+	// Once Shutdown has begun, net/http drops the first request of a
+	// connection that was accepted a moment before. To prevent this, the
+	// listener closes first, and these connections get 300 ms to send the
+	// request.
 	listener.Close()
 	time.Sleep(300 * time.Millisecond)
 
@@ -163,12 +165,12 @@ func (a *app) stop(server *http.Server, listener net.Listener) {
 type config struct {
 	address        string // host:port; without a host, every address of the machine
 	dialTo         string // E.164 numbers and SIP URIs, separated by commas
-	callerID       string // the called phone shows it; "": Plivo uses the caller's number
-	dialTimeout    int    // in seconds; 0: Plivo decides
-	publicURL      string // without /dialstatus/; "": baseURL finds it in each request
-	callbackConfig string // put after the URLs of the <Dial>, with a #; "": nothing
-	authToken      string // the key of the signatures; "": every request is accepted
-	basicAuth      string // user:password of PHLO; "": PHLO can't log in
+	callerID       string // shown by the called phone; if empty, Plivo uses the caller's
+	dialTimeout    int    // in seconds; if 0, Plivo decides
+	publicURL      string // without /dialstatus/; if empty, see baseURL
+	callbackConfig string // Plivo's rules for repeating reports; may be empty
+	authToken      string // the key of the signatures; if empty, all requests are accepted
+	basicAuth      string // user:password of PHLO; if empty, PHLO can't log in
 }
 
 // variables describes the environment variables. A new variable needs a row
@@ -201,7 +203,8 @@ var variables = []struct {
 	{name: "PHLO_BASIC_AUTH", secret: true, isValid: isLogin,
 		meaning: "user:password that PHLO sends instead of a signature, without quotes around it"},
 	{name: "MARTINI_ENV", byDefault: martini.Dev, isValid: matches(`development|test|production`),
-		meaning: "development or test, or production with DIAL_TO, PUBLIC_URL and PLIVO_AUTH_TOKEN set"},
+		meaning: "development, test or production; production needs DIAL_TO, PUBLIC_URL and " +
+			"PLIVO_AUTH_TOKEN"},
 }
 
 const (
@@ -315,7 +318,7 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	document := emptyXML
 	switch {
-	case r.FormValue("DialAction") != "":
+	case r.FormValue("DialAction") != "": // what a B leg does
 		a.report(r, slog.LevelInfo, "leg", "DialAction", "DialALegUUID", "DialBLegUUID",
 			"DialBLegTo", "DialBLegStatus", "DialBLegDuration", "DialBLegHangupCause",
 			"DialBLegHangupCauseName", "DialBLegHangupSource", "CallUUID")
@@ -455,10 +458,10 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 
 // readForm puts the fields of the body into r.PostForm, and those of body and
 // query into r.Form. It returns status 200, or why to reject the request.
-// Request.ParseForm is slower, and accepts a body that is not a form.
+// Request.ParseForm is slower, and accepts a body that is not a form. The
+// limit for a body is in bytes; Plivo sends less than 2 KiB.
 func readForm(r *http.Request) (status int, reason string) {
-	const maxBody = 16 << 10 // bytes; Plivo sends less than 2 KiB
-	const formType = "application/x-www-form-urlencoded"
+	const maxBody, formType = 16 << 10, "application/x-www-form-urlencoded"
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
 	if len(body) > maxBody {
 		return http.StatusRequestEntityTooLarge,
@@ -499,15 +502,16 @@ func (a *app) isAuthorized(r *http.Request) bool {
 }
 
 // isSigned reports whether a signature V3 of the request was made with the
-// auth token (see "Signature Validation"). The two headers with signatures may
-// both be repeated, and each may hold a list. One correct signature is enough.
+// auth token (see "Signature Validation"). X-Plivo-Signature-V3 and
+// X-Plivo-Signature-Ma-V3 may both be sent several times, with several
+// signatures each. One correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		// The signed text ends with the form, a dot and the nonce. For the
-		// form To=1.2 and the nonce 7, it ends with To1.2.7. The form To=1 and
-		// the nonce 2.7 have the same end: an attacker could cut a captured
-		// form.
+		// The signed text ends with the form, a dot and the nonce. The form
+		// To=1.2 with the nonce 7 and the form To=1 with the nonce 2.7 both
+		// end with To1.2.7. So an attacker who has captured the first request
+		// could send the second one with the same signature.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -530,16 +534,18 @@ func sign(authToken string, text []byte) string {
 	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// signedText returns the text of which Plivo makes the signature V3 of a POST
-// (see "Signature Validation"): the called URL without the query, a question
-// mark, the query, a dot, the form, a dot and the nonce, such as
+// signedText returns the text that Plivo signs for a POST (signature V3, see
+// "Signature Validation"), such as
 //
 //	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// Query and form are decoded, and sorted by name and value. plivo-go's
-// function ignores a second value of a name in the query, and some dots and
-// ampersands at the end of query and form: an attacker could add them to a
-// captured request.
+// It has the called URL up to the path, the query, the form and the nonce. A
+// question mark is before query or form, and a dot is between query and form
+// if there are both. Query and form are decoded, and sorted by name and value.
+//
+// The function of plivo-go is not used. It ignores the second value of a name
+// in the query, and some dots and ampersands at the end of query or form. So
+// an attacker could add these to a captured request, with the same signature.
 func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 1024)) // enough for what Plivo sends
 	text.WriteString(calledURL)
@@ -581,10 +587,11 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 	}
 }
 
-// baseURL returns the URL that Plivo called, without /dialstatus/ and all that
-// follows: PUBLIC_URL if it is set, otherwise scheme and host from a proxy's
-// headers or from the request, and "" if there is no host. Plivo signs the URL
-// without the default port, which some proxies add.
+// baseURL returns the URL that Plivo called, up to the host or the path before
+// /dialstatus/. It is PUBLIC_URL if that is set. Otherwise scheme and host
+// come from the headers of a proxy or from the request; if there is no host,
+// the result is empty. Plivo signs the URL without the default port, which
+// some proxies add.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -642,9 +649,9 @@ func (a *app) mayLogRejection() bool {
 	return a.rejectionCount <= 20
 }
 
-// truncate returns the first 256 bytes of a text. JSON may write each as six
-// bytes, such as \u0001. So the ten values of a leg have at most 15,360 bytes,
-// and the record is shorter than 16 KiB, where Docker splits a line.
+// truncate returns the first 256 bytes of a text. JSON may write one byte as
+// six, such as \u0001. So the ten values of a "leg" record need 15,360 bytes
+// or less, and the record is shorter than 16 KiB, where Docker splits a line.
 func truncate(text string) string { return text[:min(len(text), 256)] }
 
 // A logWriter writes records to stdout, or to stderr if stdout fails. slog
