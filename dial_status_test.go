@@ -140,14 +140,14 @@ func TestFields(t *testing.T) {
 	app := newTestApp(t)
 	const contentType = "Content-Type: application/x-www-form-urlencoded"
 	for name, r := range map[string]*http.Request{
-		"header in capitals":           post(action, endedDial, strings.ToUpper(contentType)),
-		"content type, charset":        post(action, endedDial, contentType+";charset=utf-8"),
-		"content type with a space":    post(action, endedDial, contentType+" ; charset=utf-8"),
-		"a query":                      post(action+"?"+endedDial, "", "Content-Type: application/json"),
-		"the body wins over the query": post(action+"?DialStatus=busy", endedDial),
-		"two values: the first wins":   post(action, endedDial+"&DialStatus=busy"),
-		"a chunked body":               post(action, endedDial, "Transfer-Encoding: chunked"),
-		"the longest body":             post(action, endedDial+"&x="+aText(16<<10-len(endedDial)-3)),
+		"header in capitals":    post(action, endedDial, strings.ToUpper(contentType)),
+		"content type, charset": post(action, endedDial, contentType+";charset=utf-8"),
+		"content type, space":   post(action, endedDial, contentType+" ; charset=utf-8"),
+		"a query":               post(action+"?"+endedDial, "", "Content-Type: application/json"),
+		"body and query":        post(action+"?DialStatus=busy", endedDial),
+		"two values":            post(action, endedDial+"&DialStatus=busy"),
+		"a chunked body":        post(action, endedDial, "Transfer-Encoding: chunked"),
+		"longest body":          post(action, endedDial+"&x="+strings.Repeat("a", 16<<10-len(endedDial)-3)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			app.checkXML(t, r, hangupDocument, `"level":"INFO","msg":"dial","DialStatus":"completed"`)
@@ -279,7 +279,7 @@ func TestBadInput(t *testing.T) {
 		app.checkRejection(t, r, 400, "the body was cut off or came too slowly: send the whole body")
 	})
 	t.Run("a long body is not read to the end", func(t *testing.T) {
-		r, body := post(answerURL, ""), strings.NewReader(aText(1<<20))
+		r, body := post(answerURL, ""), strings.NewReader(strings.Repeat("a", 1<<20))
 		r.Body = io.NopCloser(body)
 		app.checkRejection(t, r, 413, "the body is too long: send 16384 bytes or less")
 		check(t, "bytes read", 1<<20-body.Len(), 16<<10+1)
@@ -331,7 +331,7 @@ func TestLongRejections(t *testing.T) {
 	for name, r := range map[string]*http.Request{
 		"path":             post("/"+strings.Repeat("%01", 4000), ""),
 		"query":            post("/?"+strings.Repeat("%01", 4000), ""),
-		"method":           httptest.NewRequest(aText(12000), "/", nil),
+		"method":           httptest.NewRequest(strings.Repeat("a", 12000), "/", nil),
 		"X-Forwarded-For":  post("/", "", "X-Forwarded-For: "+strings.Repeat("\x01", 12000)),
 		"X-Forwarded-Host": post("/", "", "X-Forwarded-Host: "+strings.Repeat("\x01", 12000)),
 	} {
@@ -396,15 +396,13 @@ func TestPublishedSignatures(t *testing.T) {
 
 // The configuration of the apps that check signatures, and the headers.
 const (
-	testToken = "YzBmZmVlYzBmZmVlYzBmZmVl"
-	testLogin = "phlo: pass:word'\"x"
-	testNonce = "05429567804466091622"
-	publicURL = "https://Calls.example.org"
-
-	v3Header      = "X-Plivo-Signature-V3: "
-	v3MainHeader  = "X-Plivo-Signature-Ma-V3: " // the main account signs, for a subaccount
-	v3NonceHeader = "X-Plivo-Signature-V3-Nonce: "
-
+	testToken      = "YzBmZmVlYzBmZmVlYzBmZmVl"
+	testLogin      = "phlo: pass:word'\"x"
+	testNonce      = "05429567804466091622"
+	publicURL      = "https://Calls.example.org"
+	v3Header       = "X-Plivo-Signature-V3: "
+	v3MainHeader   = "X-Plivo-Signature-Ma-V3: " // the main account signs, for a subaccount
+	v3NonceHeader  = "X-Plivo-Signature-V3-Nonce: "
 	otherSignature = "c2lnbmVk" // base64, like a signature that another token made
 )
 
@@ -422,23 +420,20 @@ func TestAcceptedSenders(t *testing.T) {
 	const nonceHeader, withQuery = v3NonceHeader + testNonce, action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	for name, r := range map[string]*http.Request{
-		"answer URL":             signedPost("/dialstatus/", newCall),
-		"no slash at the end":    signedPost("/dialstatus/action", endedDial),
-		"a repeated field":       signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
-		"names that begin alike": signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
-		"a dot after the form":   signedPost(withQuery, endedDial+"."),
-		"empty values":           signedPost(withQuery+"&c=&d", endedDial+"&c=&d"),
-		"an empty query name":    signedPost("/dialstatus/?=", ""),
-		"not ASCII":              signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
-		"neither query nor form": signedPost("/dialstatus/?", ""),
-		"an escape in the path":  signedPost("/dialstatus%2Faction/", endedDial),
-		"main account":           postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
+		"a repeated field":      signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
+		"similar names":         signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
+		"a dot after the form":  signedPost(withQuery, endedDial+"."),
+		"an empty query name":   signedPost("/dialstatus/?=", ""),
+		"not ASCII":             signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
+		"no query and no form":  signedPost("/dialstatus/?", ""),
+		"an escape in the path": signedPost("/dialstatus%2Faction/", endedDial),
+		"subaccount":            postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
 		"the last of four signatures": postWith(nonceHeader,
 			v3Header+strings.Repeat(otherSignature+", ", 3)+signature+" ,"),
-		"the second header":          postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
-		"a nonce with letters":       postWith(v3NonceHeader+"a-Z", v3Header+signatureOf(endedDial, "a-Z")),
-		"a signature, a wrong login": signedPost(action, endedDial, login(":")),
-		"PHLO's login":               postWith(login(testLogin)),
+		"the second header":   postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
+		"nonce with letters":  postWith(v3NonceHeader+"aZ", v3Header+signatureOf(endedDial, "aZ")),
+		"signed, wrong login": signedPost(action, endedDial, login(":")),
+		"PHLO's login":        postWith(login(testLogin)),
 	} {
 		t.Run(name, func(t *testing.T) { check(t, "status", app.send(r).Code, 200) })
 	}
@@ -478,8 +473,7 @@ func TestForgeries(t *testing.T) {
 		"a part of the signature":     postWith(nonceHeader, v3Header+signature[:43]),
 		"more than the signature":     postWith(nonceHeader, v3Header+signature+"="),
 		"the signature in lower case": postWith(nonceHeader, v3Header+strings.ToLower(signature)),
-		// Signature V2 signs neither the query nor the form.
-		"signature V2": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
+		"V2 does not sign the form": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
 			"X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
 		"another password":   postWith(login(strings.Replace(testLogin, "pass", "PASS", 1))),
 		"a shorter password": postWith(login(testLogin[:len(testLogin)-1])),
@@ -531,7 +525,7 @@ func TestConfigurationErrors(t *testing.T) {
 			"https://h/dialstatus%2Faction/x",
 			"https://s3cret@example.com"},
 		"CALLBACK_CONFIG": {"#", "rc", "rc=", "=3", "rc=3&", "&rc=3", "##rc=3", "rc=3&&rp=5xx",
-			"rc=3#rp=5xx", "rc=3;rp=5xx", "RC=3", "rc=3 ", `"rc=3"`, "rc=3rp=5xx", "r1=3", "rc=3.5"},
+			"rc=3#rp=5xx", "rc=3;rp=5xx", "RC=3", "rc=-1", `"rc=3"`, "rc=3rp=5xx", "r1=3", "rc=3.5"},
 		"HOST":             {"a b", "a\n", "[", "]", "[]", "[::1", "::1]", "[a b]", "[[::1]", "[::1]]"},
 		"PORT":             {"-1", " 80", "80\n"},
 		"MARTINI_ENV":      {"Production", "production ", "protest", `"test"`},
@@ -563,10 +557,12 @@ func TestServerLimits(t *testing.T) {
 	server.Start()
 	defer server.Close()
 	address := server.Listener.Addr().String()
-	statusOf := func(r *http.Request) string { return exchange(t, address, r)[:3] }
-	check(t, "a header below 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16000))), "200")
-	check(t, "a header above 16 KiB", statusOf(post("/dialstatus/", "", "X: "+aText(16500))), "431")
-	check(t, "a body above 16 KiB", statusOf(post("/dialstatus/", aText(16<<10+1))), "413")
+	status := func(form, header string) string {
+		return exchange(t, address, post("/dialstatus/", form, header))[:3]
+	}
+	check(t, "a header below 16 KiB", status("", "X: "+strings.Repeat("a", 16000)), "200")
+	check(t, "a header above 16 KiB", status("", "X: "+strings.Repeat("a", 16500)), "431")
+	check(t, "a body above 16 KiB", status(strings.Repeat("a", 16<<10+1), "X: a"), "413")
 	check(t, "time for an answer", server.Config.WriteTimeout, 15*time.Second)
 	check(t, "time for an idle connection", server.Config.IdleTimeout, 620*time.Second)
 }
@@ -692,14 +688,15 @@ func TestStartRecords(t *testing.T) {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "nothing is set", warnings: []string{exampleWarning, noTokenWarning}},
+		{name: "nothing is set", variables: []string{"HOST="},
+			warnings: []string{exampleWarning, noTokenWarning}},
 		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
 			warnings: []string{exampleWarning}},
 		{name: "only PHLO's login", variables: []string{"DIAL_TO=+12025550143", "PHLO_BASIC_AUTH=a:b"},
 			warnings: []string{noTokenWarning}},
 		{name: "production, and a socket for another process", variables: []string{
 			"DIAL_TO=+12025550123,+12025550143", "PLIVO_AUTH_TOKEN=x", "PUBLIC_URL=https://h",
-			"MARTINI_ENV=production", "LISTEN_PID=1", "HOST=127.0.0.2"}},
+			"MARTINI_ENV=production", "LISTEN_PID=1"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -709,6 +706,8 @@ func TestStartRecords(t *testing.T) {
 				want = append(want, logLine(slog.LevelWarn, warning))
 			}
 			check(t, "probe", exchange(t, server.address, get()), probeOK)
+			listensEverywhere := !strings.HasPrefix(server.address, "127.0.0.1:")
+			check(t, "listens everywhere", listensEverywhere, test.name == "nothing is set")
 			check(t, "log", strings.Join(records(content(server.stdout)), "\n"), strings.Join(want, "\n"))
 		})
 	}
@@ -884,7 +883,7 @@ func TestFullPipe(t *testing.T) {
 		for {
 			sent++
 			answer, err := impatient.PostForm("http://"+server.address+"/dialstatus/",
-				url.Values{"From": {aText(256)}, "To": {aText(256)}})
+				url.Values{"From": {strings.Repeat("a", 256)}, "To": {strings.Repeat("a", 256)}})
 			if err != nil {
 				return sent
 			}
@@ -978,9 +977,6 @@ func Benchmark(b *testing.B) {
 }
 
 // The helpers of the tests.
-
-// aText returns a text of n bytes: aText(3) is "aaa".
-func aText(n int) string { return strings.Repeat("a", n) }
 
 // post returns a form post, such as post("/dialstatus/", "a=1", "Host: h").
 // With "Transfer-Encoding: chunked" the length of the form is not known.
