@@ -140,14 +140,14 @@ func TestFields(t *testing.T) {
 	app := newTestApp(t)
 	const contentType = "Content-Type: application/x-www-form-urlencoded"
 	for name, r := range map[string]*http.Request{
-		"header in capitals":    post(action, endedDial, strings.ToUpper(contentType)),
-		"content type, charset": post(action, endedDial, contentType+";charset=utf-8"),
-		"content type, space":   post(action, endedDial, contentType+" ; charset=utf-8"),
-		"a query":               post(action+"?"+endedDial, "", "Content-Type: application/json"),
-		"body and query":        post(action+"?DialStatus=busy", endedDial),
-		"two values":            post(action, endedDial+"&DialStatus=busy"),
-		"a chunked body":        post(action, endedDial, "Transfer-Encoding: chunked"),
-		"longest body":          post(action, endedDial+"&x="+strings.Repeat("a", 16<<10-len(endedDial)-3)),
+		"header in capitals": post(action, endedDial, strings.ToUpper(contentType)),
+		"charset":            post(action, endedDial, contentType+";charset=utf-8"),
+		"charset and space":  post(action, endedDial, contentType+" ; charset=utf-8"),
+		"a query":            post(action+"?"+endedDial, "", "Content-Type: application/json"),
+		"body and query":     post(action+"?DialStatus=busy", endedDial),
+		"two values":         post(action, endedDial+"&DialStatus=busy"),
+		"a chunked body":     post(action, endedDial, "Transfer-Encoding: chunked"),
+		"longest body":       post(action, endedDial+"&x="+strings.Repeat("a", 16<<10-len(endedDial)-3)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			app.checkXML(t, r, hangupDocument, `"level":"INFO","msg":"dial","DialStatus":"completed"`)
@@ -420,20 +420,20 @@ func TestAcceptedSenders(t *testing.T) {
 	const nonceHeader, withQuery = v3NonceHeader + testNonce, action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	for name, r := range map[string]*http.Request{
-		"a repeated field":      signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
-		"similar names":         signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
-		"a dot after the form":  signedPost(withQuery, endedDial+"."),
-		"an empty query name":   signedPost("/dialstatus/?=", ""),
-		"not ASCII":             signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
-		"no query and no form":  signedPost("/dialstatus/?", ""),
-		"an escape in the path": signedPost("/dialstatus%2Faction/", endedDial),
-		"subaccount":            postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
+		"repeated field":     signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
+		"similar names":      signedPost(withQuery+"&a-b=1&a1=2", endedDial+"&To-b=1&To1=2"),
+		"dot after the form": signedPost(withQuery, endedDial+"."),
+		"empty query name":   signedPost("/dialstatus/?=", ""),
+		"not ASCII":          signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
+		"no query, no form":  signedPost("/dialstatus/?", ""),
+		"escape in the path": signedPost("/dialstatus%2Faction/", endedDial),
+		"subaccount":         postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
 		"the last of four signatures": postWith(nonceHeader,
 			v3Header+strings.Repeat(otherSignature+", ", 3)+signature+" ,"),
-		"the second header":   postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
-		"nonce with letters":  postWith(v3NonceHeader+"aZ", v3Header+signatureOf(endedDial, "aZ")),
-		"signed, wrong login": signedPost(action, endedDial, login(":")),
-		"PHLO's login":        postWith(login(testLogin)),
+		"the second header":  postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
+		"nonce with letters": postWith(v3NonceHeader+"aZ", v3Header+signatureOf(endedDial, "aZ")),
+		"signed, bad login":  signedPost(action, endedDial, login(":")),
+		"PHLO's login":       postWith(login(testLogin)),
 	} {
 		t.Run(name, func(t *testing.T) { check(t, "status", app.send(r).Code, 200) })
 	}
@@ -465,7 +465,7 @@ func TestForgeries(t *testing.T) {
 		"dots after the form":   forge(signedQuery, withQuery, endedDial+".."),
 		"a dot after the query": forge(signedPost(withQuery, ""), withQuery+"%2E", ""),
 		"another path":          forge(signed, "/dialstatus/", endedDial),
-		"an escape in the path": forge(signed, "/dialstatus%2Faction/", endedDial),
+		"escape in the path":    forge(signed, "/dialstatus%2Faction/", endedDial),
 		// Plivo signed the form with ".end" at the end, and the nonce 0542.
 		"the end of the form in the nonce": postWith(v3NonceHeader+"end.0542",
 			v3Header+signatureOf(endedDial+".end", "0542")),
