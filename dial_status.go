@@ -15,8 +15,8 @@
 // The A leg connects the caller with Plivo. A B leg connects Plivo with one
 // phone that rings. PHLO is Plivo's visual editor for call flows; a call flow
 // can also post to these URLs. A nonce is a text that Plivo invents for one
-// request and signs with it. A title in quotes, such as "Dial XML", is a page
-// of Plivo's documentation, https://www.plivo.com/docs/.
+// request; it is a part of the signed text. A title in quotes, such as "Dial
+// XML", is a page of Plivo's documentation, https://www.plivo.com/docs/.
 package main
 
 import (
@@ -76,9 +76,10 @@ func main() {
 // run serves requests until the process gets SIGTERM or SIGINT. The error says
 // why the server could not start or could not go on.
 func run() error {
-	// The first SIGTERM or SIGINT ends this context. Further signals change
-	// nothing, because some supervisors send two. If something hangs, so that
-	// the process still runs four seconds later, it ends with status 1.
+	// The first SIGTERM or SIGINT ends this context. Further signals are
+	// ignored on purpose: some supervisors send two. If the process still runs
+	// four seconds after the first signal, because something hangs, it is
+	// ended.
 	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
 	// By default, SIGPIPE ends a process that writes to a closed stdout.
@@ -132,7 +133,7 @@ func newServer(a *app) *http.Server {
 		MaxHeaderBytes:    12 << 10, // net/http allows 4 KiB more: 16 KiB in all
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,  // for header and body together
-		WriteTimeout:      15 * time.Second,  // leaves 5 s to answer after ReadTimeout
+		WriteTimeout:      15 * time.Second,  // 10 s to read, and 5 s to answer
 		IdleTimeout:       620 * time.Second, // longer than the 600 s of Google's load balancer
 	}
 }
@@ -147,10 +148,9 @@ func (a *app) stop(server *http.Server, listener net.Listener) {
 	a.log.Info("stopping")
 	time.Sleep(time.Second)
 
-	// Once Shutdown has begun, net/http drops the first request of a
-	// connection that was accepted a moment before. To prevent this, the
-	// listener closes first, and these connections get 300 ms to send the
-	// request.
+	// Shutdown drops a new connection if the first request has not arrived
+	// yet. So the listener closes first, and then the connections that it
+	// accepted last get 300 ms to send a request.
 	listener.Close()
 	time.Sleep(300 * time.Millisecond)
 
@@ -168,14 +168,14 @@ type config struct {
 	callerID       string // shown by the called phone; if empty, Plivo uses the caller's
 	dialTimeout    int    // in seconds; if 0, Plivo decides
 	publicURL      string // without /dialstatus/; if empty, see baseURL
-	callbackConfig string // Plivo's rules for repeating reports; may be empty
+	callbackConfig string // the fragment of the URLs in the <Dial>; may be empty
 	authToken      string // the key of the signatures; if empty, all requests are accepted
 	basicAuth      string // user:password of PHLO; if empty, PHLO can't log in
 }
 
 // variables describes the environment variables. A new variable needs a row
-// here, a field in config, and a line at the end of configure. Only
-// MARTINI_ENV has no field, because it is not used after configure.
+// here, a field in config, and a line at the end of configure. HOST and PORT
+// share a field. MARTINI_ENV has none: it is not used after configure.
 var variables = []struct {
 	name, byDefault string
 	required        bool // in production the server does not start without it
@@ -212,7 +212,8 @@ const (
 
 	phoneNumber = `\+?[1-9][0-9]{6,14}` // E.164, with or without the +
 	dialable    = `\s*(` + phoneNumber + `|sip:` + sipPart + `@` + sipPart + `)\s*`
-	// ASCII without control characters, space, quote, comma, <, > and @
+	// sipPart is ASCII without control characters, space, quote, comma, <, >,
+	// @.
 	sipPart = `[^[:^ascii:][:cntrl:] ",<>@]+`
 	httpURL = `https?://(` + urlHost + `)(:[0-9]+)?(/[\w.~%/-]*)?`
 	urlHost = `[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]` // a name, IPv4, or [IPv6]
@@ -229,7 +230,7 @@ var isHTTPURL = matches(httpURL)
 
 // isBaseURL reports whether a text is a URL that can go before /dialstatus/.
 func isBaseURL(text string) bool {
-	u, err := url.Parse(text)
+	u, err := url.Parse(text) // + "/" below: the slash at the end may be missing
 	return err == nil && isHTTPURL(text) && !strings.Contains(u.Path+"/", "/dialstatus/")
 }
 
@@ -277,7 +278,7 @@ func configure(getenv func(string) string) (config, error) {
 type app struct {
 	config
 	output   *logWriter
-	log      *slog.Logger // writes to output
+	log      *slog.Logger
 	routes   martini.Router
 	martini  *martini.Martini // calls the routes
 	callXML  string           // the <Dial> for a new call; used if PUBLIC_URL is set
@@ -303,8 +304,7 @@ func newApp(cfg config, output *logWriter) *app {
 	return a
 }
 
-// ServeHTTP answers every request. While the server stops, each answer tells
-// the client to close the connection.
+// ServeHTTP answers every request.
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if a.stopping.Load() {
 		w.Header().Set("Connection", "close")
@@ -336,8 +336,7 @@ func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleAction serves the action URL (see "Dial XML"). It logs how the <Dial>
-// has ended, and answers with the XML that Plivo executes next.
+// handleAction serves the action URL (see "Dial XML").
 func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	status := r.FormValue("DialStatus")
 	if status == "" {
@@ -374,8 +373,8 @@ func (a *app) handleNotFound(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusMethodNotAllowed
 		w.Header().Set("Allow", strings.Join(methods, ", "))
 	}
-	a.reject(w, r, status, "this path does not serve "+r.Method+": send POST to /dialstatus/ or "+
-		"/dialstatus/action/, such as: curl -d CallStatus=ringing "+a.baseURL(r)+"/dialstatus/")
+	a.reject(w, r, status, "this path does not serve "+r.Method+". Send POST to /dialstatus/ or "+
+		"/dialstatus/action/ instead, such as: curl -d CallStatus=ringing "+a.baseURL(r)+"/dialstatus/")
 }
 
 var (
@@ -414,8 +413,8 @@ func dialXML(cfg config, baseURL string) string {
 			phones = append(phones, new(xml.NumberElement).SetContents(phone))
 		}
 	}
-	// The fragment is # and CALLBACK_CONFIG, or "" if CALLBACK_CONFIG is not
-	// set.
+	// Plivo reads its rules for repeating reports from the fragment of a URL.
+	// If CALLBACK_CONFIG is not set, the fragment and the # are left out.
 	fragment := (&url.URL{Fragment: cfg.callbackConfig}).String()
 	dial := new(xml.DialElement).
 		SetAction(baseURL + "/dialstatus/action/" + fragment).
@@ -438,8 +437,8 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that reads the form of a request, checks who sent
-// the request, and then calls the next handler, or rejects the request.
+// checked returns a handler that calls next if the form and its sender are
+// valid.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if status, reason := readForm(r); status != http.StatusOK {
@@ -458,14 +457,13 @@ func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 
 // readForm puts the fields of the body into r.PostForm, and those of body and
 // query into r.Form. It returns status 200, or why to reject the request.
-// Request.ParseForm is slower, and accepts a body that is not a form. The
-// limit for a body is in bytes; Plivo sends less than 2 KiB.
+// Request.ParseForm is slower, and accepts a body that is not a form.
 func readForm(r *http.Request) (status int, reason string) {
-	const maxBody, formType = 16 << 10, "application/x-www-form-urlencoded"
+	const maxBody = 16 << 10 // bytes; Plivo sends less than 2 KiB
+	const formType = "application/x-www-form-urlencoded"
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
 	if len(body) > maxBody {
-		return http.StatusRequestEntityTooLarge,
-			fmt.Sprintf("the body is too long: send %d bytes or less", maxBody)
+		return http.StatusRequestEntityTooLarge, fmt.Sprint("send a body of at most ", maxBody, " bytes")
 	}
 	if err != nil {
 		return http.StatusBadRequest, "the body was cut off or came too slowly: send the whole body"
@@ -488,8 +486,7 @@ func readForm(r *http.Request) (status int, reason string) {
 	return http.StatusOK, ""
 }
 
-// isAuthorized reports whether to serve a request. If no token is set, every
-// request is served. Otherwise a request needs PHLO's login or a signature.
+// isAuthorized reports whether to serve a request.
 func (a *app) isAuthorized(r *http.Request) bool {
 	if a.authToken == "" {
 		return true
@@ -508,10 +505,10 @@ func (a *app) isAuthorized(r *http.Request) bool {
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
-		// The signed text ends with the form, a dot and the nonce. The form
-		// To=1.2 with the nonce 7 and the form To=1 with the nonce 2.7 both
-		// end with To1.2.7. So an attacker who has captured the first request
-		// could send the second one with the same signature.
+		// The signed text ends with the form (without any =), a dot and the
+		// nonce. The form To=1.2 with the nonce 7 and the form To=1 with the
+		// nonce 2.7 both end with To1.2.7. So an attacker who has captured the
+		// first request could send the second one with the same signature.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -539,9 +536,9 @@ func sign(authToken string, text []byte) string {
 //
 //	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// It has the called URL up to the path, the query, the form and the nonce. A
-// question mark is before query or form, and a dot is between query and form
-// if there are both. Query and form are decoded, and sorted by name and value.
+// It has four parts: the called URL with its path, then the query, then the
+// form, then the nonce. Query and form are decoded, and sorted by name and
+// value.
 //
 // The function of plivo-go is not used. It ignores the second value of a name
 // in the query, and some dots and ampersands at the end of query or form. So
@@ -561,13 +558,12 @@ func signedText(calledURL string, query, form url.Values, nonce string) []byte {
 	return text.Bytes()
 }
 
-// A parameter is a name and one of its values in a query or a form.
+// A parameter is one name and one value in a query or a form.
 type parameter struct{ name, value string }
 
 // writeSorted writes the parameters to the text, sorted by name and then by
-// value. It writes afterName after each name, and afterValue after each value
-// except the last one.
-func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue string) {
+// value, with these separators after each name and between parameters.
+func writeSorted(text *bytes.Buffer, values url.Values, afterName, between string) {
 	parameters := make([]parameter, 0, len(values))
 	for name, valuesOfName := range values {
 		for _, value := range valuesOfName {
@@ -579,7 +575,7 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 	})
 	for i, p := range parameters {
 		if i > 0 {
-			text.WriteString(afterValue)
+			text.WriteString(between)
 		}
 		text.WriteString(p.name)
 		text.WriteString(afterName)
@@ -587,11 +583,10 @@ func writeSorted(text *bytes.Buffer, values url.Values, afterName, afterValue st
 	}
 }
 
-// baseURL returns the URL that Plivo called, up to the host or the path before
-// /dialstatus/. It is PUBLIC_URL if that is set. Otherwise scheme and host
-// come from the headers of a proxy or from the request; if there is no host,
-// the result is empty. Plivo signs the URL without the default port, which
-// some proxies add.
+// baseURL returns the part of the called URL before /dialstatus/. If
+// PUBLIC_URL is not set, scheme and host come from the headers of a proxy or
+// from the request; if there is no host, the result is empty. Plivo signs the
+// URL without the default port, which some proxies add.
 func (a *app) baseURL(r *http.Request) string {
 	if a.publicURL != "" {
 		return a.publicURL
@@ -636,8 +631,8 @@ func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason 
 }
 
 // mayLogRejection reports whether this rejection is one of the first 20 in
-// this second of the clock. Otherwise an attacker could fill the disk with
-// records.
+// this second of the clock. Without this limit, an attacker could fill the
+// disk.
 func (a *app) mayLogRejection() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -59,18 +59,19 @@ const (
 	bLeg = "c0a58e17-9d24-4f6b-8a13-72e5b4c9d806"
 )
 
-// The documents that the server answers with. Between the two parts of the
-// <Dial> element, plivo-go writes the time-out and the caller ID.
+// The documents that the server answers with. Between the two parts of the tag
+// <Dial ...>, plivo-go writes the time-out and the caller ID.
 const (
 	emptyDocument  = `<Response></Response>`
 	hangupDocument = `<Response><Hangup></Hangup></Response>`
-	dialDocument   = dialStart + dialEnd + `<Number>+12025550123</Number></Dial></Response>`
+	dialDocument   = dialTag1 + dialTag2 + `<Number>+12025550123</Number></Dial></Response>`
 
-	dialStart = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST"`
-	dialEnd   = ` callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
+	dialTag1 = `<Response><Dial action="http://example.com/dialstatus/action/" method="POST"`
+	dialTag2 = ` callbackUrl="http://example.com/dialstatus/" callbackMethod="POST" redirect="true">`
 )
 
-// What several tests send or expect.
+// What several tests send or expect. The start of a record has no time, and no
+// { before the time: see records.
 const (
 	action        = "/dialstatus/action/"
 	callRecord    = `"level":"INFO","msg":"call"`
@@ -174,7 +175,7 @@ func TestDialDocument(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			newTestApp(t, test.variables...).checkXML(t, post("/dialstatus/", newCall),
-				dialStart+test.attributes+dialEnd+test.phones+"</Dial></Response>", callRecord)
+				dialTag1+test.attributes+dialTag2+test.phones+"</Dial></Response>", callRecord)
 		})
 	}
 	newTestApp(t, "CALLBACK_CONFIG=rc=3").checkXML(t, post("/dialstatus/", newCall),
@@ -248,7 +249,7 @@ func TestNotFound(t *testing.T) {
 				status = http.StatusMethodNotAllowed
 			}
 			app.checkRejection(t, r, status, "this path does not serve "+test.method+
-				": send POST to /dialstatus/ or /dialstatus/action/, such as: "+
+				". Send POST to /dialstatus/ or /dialstatus/action/ instead, such as: "+
 				"curl -d CallStatus=ringing http://example.com/dialstatus/")
 			check(t, "Allow", app.answer.Header().Get("Allow"), test.allow)
 		})
@@ -257,13 +258,11 @@ func TestNotFound(t *testing.T) {
 
 func TestBadInput(t *testing.T) {
 	app := newTestApp(t)
-	const answerURL = "/dialstatus/?a=b" // the query must not hide a bad body
-	const jsonType = "Content-Type: application/json"
+	const answerURL = "/dialstatus/?a=b" // a good query, beside a bad body
 	for name, r := range map[string]*http.Request{
-		"chunked JSON":       post(answerURL, "1", jsonType, "Transfer-Encoding: chunked"),
-		"empty content type": post(answerURL, "a=b", "Content-Type: "),
-		"a content type that begins alike": post(answerURL, "a=b",
-			"Content-Type: application/x-www-form-urlencoded2"),
+		"chunked JSON": post(answerURL, "1", "Content-Type: a/json", "Transfer-Encoding: chunked"),
+		"empty type":   post(answerURL, "a=b", "Content-Type: "),
+		"longer type":  post(answerURL, "a=b", "Content-Type: application/x-www-form-urlencoded2"),
 	} {
 		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 415, notForm) })
 	}
@@ -281,7 +280,7 @@ func TestBadInput(t *testing.T) {
 	t.Run("a long body is not read to the end", func(t *testing.T) {
 		r, body := post(answerURL, ""), strings.NewReader(strings.Repeat("a", 1<<20))
 		r.Body = io.NopCloser(body)
-		app.checkRejection(t, r, 413, "the body is too long: send 16384 bytes or less")
+		app.checkRejection(t, r, 413, "send a body of at most 16384 bytes")
 		check(t, "bytes read", 1<<20-body.Len(), 16<<10+1)
 	})
 }
@@ -372,7 +371,7 @@ func TestFlood(t *testing.T) {
 		strings.Count(app.logged.String(), `"msg":"rejected"`), 1)
 }
 
-// The vectors of TestValidateSignatureV3Pass1 and Pass3 in plivo-go's tests.
+// The data of TestValidateSignatureV3Pass1 and Pass3 in plivo-go's tests.
 func TestPublishedSignatures(t *testing.T) {
 	const (
 		authToken = "Y2Q2ZDgxZmY5YWRiOTI5YmQ1Njg0MTAxZWIyOTc4"
@@ -403,7 +402,7 @@ const (
 	v3Header       = "X-Plivo-Signature-V3: "
 	v3MainHeader   = "X-Plivo-Signature-Ma-V3: " // the main account signs, for a subaccount
 	v3NonceHeader  = "X-Plivo-Signature-V3-Nonce: "
-	otherSignature = "c2lnbmVk" // base64, like a signature that another token made
+	otherSignature = "c2lnbmVk" // not a signature, but base64
 )
 
 // postWith returns a post of endedDial with headers.
@@ -417,7 +416,7 @@ func signatureOf(form, nonce string) string {
 func TestAcceptedSenders(t *testing.T) {
 	const token = "PLIVO_AUTH_TOKEN=" + testToken
 	app := newTestApp(t, token, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL+"///")
-	const nonceHeader, withQuery = v3NonceHeader + testNonce, action + "?a=b"
+	const withNonce, withQuery = v3NonceHeader + testNonce, action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	for name, r := range map[string]*http.Request{
 		"repeated field":     signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
@@ -427,10 +426,10 @@ func TestAcceptedSenders(t *testing.T) {
 		"not ASCII":          signedPost(withQuery+"&N=%C3%BC", endedDial+"&N=%E7%8E%8B%ff\n"),
 		"no query, no form":  signedPost("/dialstatus/?", ""),
 		"escape in the path": signedPost("/dialstatus%2Faction/", endedDial),
-		"subaccount":         postWith(nonceHeader, v3MainHeader+otherSignature, v3MainHeader+signature),
-		"the last of four signatures": postWith(nonceHeader,
+		"subaccount":         postWith(withNonce, v3MainHeader+otherSignature, v3MainHeader+signature),
+		"the last of four signatures": postWith(withNonce,
 			v3Header+strings.Repeat(otherSignature+", ", 3)+signature+" ,"),
-		"the second header":  postWith(nonceHeader, v3Header+otherSignature, v3Header+signature),
+		"the second header":  postWith(withNonce, v3Header+otherSignature, v3Header+signature),
 		"nonce with letters": postWith(v3NonceHeader+"aZ", v3Header+signatureOf(endedDial, "aZ")),
 		"signed, bad login":  signedPost(action, endedDial, login(":")),
 		"PHLO's login":       postWith(login(testLogin)),
@@ -440,7 +439,7 @@ func TestAcceptedSenders(t *testing.T) {
 	ngrok := signedPost("/dialstatus/", newCall, "X-Forwarded-Proto: https", "Host: localhost:8080",
 		"X-Forwarded-Host: Calls.example.org")
 	check(t, "status behind ngrok", newTestApp(t, token).send(ngrok).Code, 200)
-	anybody := postWith(nonceHeader, v3Header+otherSignature)
+	anybody := postWith(withNonce, v3Header+otherSignature)
 	withoutToken := newTestApp(t, "PHLO_BASIC_AUTH="+testLogin)
 	check(t, "status without a token", withoutToken.send(anybody).Code, 200)
 }
@@ -448,7 +447,7 @@ func TestAcceptedSenders(t *testing.T) {
 func TestForgeries(t *testing.T) {
 	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin,
 		"PUBLIC_URL="+publicURL)
-	const nonceHeader, withQuery = v3NonceHeader + testNonce, action + "?a=b"
+	const withNonce, withQuery = v3NonceHeader + testNonce, action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	// forge returns a post with the headers of a request that Plivo signed.
 	forge := func(signed *http.Request, target, form string) *http.Request {
@@ -458,22 +457,22 @@ func TestForgeries(t *testing.T) {
 	}
 	signed, signedQuery := signedPost(action, endedDial), signedPost(withQuery, endedDial)
 	for name, r := range map[string]*http.Request{
-		"no signature":          post("/dialstatus/", newCall),
-		"a changed field":       forge(signed, action, strings.Replace(endedDial, "2", "3", 1)),
-		"one more query":        forge(signed, withQuery, endedDial),
-		"one more query value":  forge(signedQuery, withQuery+"&a=c", endedDial),
-		"dots after the form":   forge(signedQuery, withQuery, endedDial+".."),
-		"a dot after the query": forge(signedPost(withQuery, ""), withQuery+"%2E", ""),
-		"another path":          forge(signed, "/dialstatus/", endedDial),
-		"escape in the path":    forge(signed, "/dialstatus%2Faction/", endedDial),
-		// Plivo signed the form with ".end" at the end, and the nonce 0542.
+		"no signature":              post("/dialstatus/", newCall),
+		"a changed field":           forge(signed, action, strings.Replace(endedDial, "2", "3", 1)),
+		"one more query":            forge(signed, withQuery, endedDial),
+		"one more query value":      forge(signedQuery, withQuery+"&a=c", endedDial),
+		"added dots after the form": forge(signedQuery, withQuery, endedDial+".."),
+		"added dot after the query": forge(signedPost(withQuery, ""), withQuery+"%2E", ""),
+		"another path":              forge(signed, "/dialstatus/", endedDial),
+		"added escape in the path":  forge(signed, "/dialstatus%2Faction/", endedDial),
+		// Plivo signed the form endedDial+".end" and the nonce 0542.
 		"the end of the form in the nonce": postWith(v3NonceHeader+"end.0542",
 			v3Header+signatureOf(endedDial+".end", "0542")),
-		"an empty nonce":              postWith(v3NonceHeader, v3Header+signatureOf(endedDial, "")),
-		"a part of the signature":     postWith(nonceHeader, v3Header+signature[:43]),
-		"more than the signature":     postWith(nonceHeader, v3Header+signature+"="),
-		"the signature in lower case": postWith(nonceHeader, v3Header+strings.ToLower(signature)),
-		"V2 does not sign the form": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
+		"an empty nonce":              postWith(v3NonceHeader+"", v3Header+signatureOf(endedDial, "")),
+		"a part of the signature":     postWith(withNonce, v3Header+signature[:43]),
+		"more than the signature":     postWith(withNonce, v3Header+signature+"="),
+		"the signature in lower case": postWith(withNonce, v3Header+strings.ToLower(signature)),
+		"V2 does not sign the form": postWith(withNonce, "X-Plivo-Signature-V2-Nonce: "+testNonce,
 			"X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
 		"another password":   postWith(login(strings.Replace(testLogin, "pass", "PASS", 1))),
 		"a shorter password": postWith(login(testLogin[:len(testLogin)-1])),
@@ -485,7 +484,7 @@ func TestForgeries(t *testing.T) {
 	withoutLoginAndURL := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
 	for name, r := range map[string]*http.Request{
 		"another scheme": signedPost(action, endedDial, "Host: Calls.example.org"),
-		"only a nonce":   postWith(nonceHeader),
+		"only a nonce":   postWith(withNonce),
 	} {
 		t.Run(name, func(t *testing.T) { withoutLoginAndURL.checkRejection(t, r, 403, notAuthorized) })
 	}
@@ -572,7 +571,7 @@ func TestPanic(t *testing.T) {
 	app := newTestApp(t)
 	server := httptest.NewUnstartedServer(nil)
 	server.Config = newServer(app.app)
-	app.log = nil // so that a report panics; the server has its logger already
+	app.log = nil // so that a report panics; newServer has kept the log as ErrorLog
 	server.Start()
 	answer, err := http.Post(server.URL+"/dialstatus", "application/x-www-form-urlencoded", nil)
 	if err == nil {
@@ -596,7 +595,7 @@ func TestLogWriter(t *testing.T) {
 			stdout: "three\n", stderr: "CAUSE one\nCAUSE two\n"},
 		{name: "a part, then nothing", accepted: []int{2, 0},
 			stdout: "on\nthree\n", stderr: "CAUSE one\nCAUSE two\n"},
-		{name: "one byte, twice", accepted: []int{1, 1},
+		{name: "a byte, then only the line feed before a record", accepted: []int{1, 1},
 			stdout: "o\nthree\n", stderr: "CAUSE one\nCAUSE two\n"},
 		{name: "all but the line feed", accepted: []int{3},
 			stdout: "one\ntwo\nthree\n", stderr: "CAUSE one\n"},
@@ -633,7 +632,7 @@ func (w *limitedWriter) Write(record []byte) (int, error) {
 }
 
 // Whatever strangers send: no answer is a 5xx, XML is well-formed, and there
-// is one record. If a token is set, only a request that is signed is served.
+// is one record. If a token is set, only authorized requests are served.
 func Fuzz(f *testing.F) {
 	f.Add(true, endedDial, "application/x-www-form-urlencoded", "", "h", "HTTPS, x", "a, b",
 		"c2lnbmVk,", "1", "Basic Og==")
@@ -688,7 +687,7 @@ func TestStartRecords(t *testing.T) {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "nothing is set", variables: []string{"HOST="},
+		{name: "nothing is set", variables: []string{"HOST="}, // unsets the HOST of launch
 			warnings: []string{exampleWarning, noTokenWarning}},
 		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
 			warnings: []string{exampleWarning}},
@@ -761,7 +760,7 @@ func TestServerDoesNotStart(t *testing.T) {
 		{name: "the socket of systemd is a file", server: process{socket: emptyFile(t)}, status: 1,
 			stderr: listenError + "file file+net socket of systemd: getsockopt: " +
 				"socket operation on non-socket\n"},
-		{name: "the socket of systemd is a connection", server: process{socket: notListening}, status: 1,
+		{name: "the socket of systemd accepts nothing", server: process{socket: notListening}, status: 1,
 			stderr: "accept tcp " + client.LocalAddr().String() + ": accept4: invalid argument\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -769,7 +768,8 @@ func TestServerDoesNotStart(t *testing.T) {
 			<-server.ended
 			check(t, "status", server.ProcessState.ExitCode(), test.status)
 			check(t, "stderr", content(server.stderr), test.stderr)
-			check(t, "stdout repeats stderr", strings.Contains(content(server.stdout), test.stderr), false)
+			isRepeated := strings.Contains(content(server.stdout), test.stderr)
+			check(t, "whether stdout repeats stderr", isRepeated, false)
 		})
 	}
 }
@@ -856,9 +856,9 @@ func TestSocketOfSystemd(t *testing.T) {
 	first := start(t, process{socket: socket})
 	check(t, "address", first.address, listener.Addr().String())
 	first.checkEnd(t, "exit status 0", 1)
-	afterTheStart := strings.Join(records(content(first.stdout))[3:], "\n")
+	afterTheStart := strings.Join(records(content(first.stdout))[3:], "\n") // 3 at the start
 	check(t, "log after the start", afterTheStart, logLine(slog.LevelInfo, "stopping"))
-	client := first.connect(t) // no process runs: it waits in the socket
+	client := first.connect(t) // no process runs: the connection waits in the socket
 	io.WriteString(client, requestHeader)
 	second := start(t, process{socket: socket})
 	client.checkAnswer(t, "100 ", answerKeepsOpen)
@@ -872,7 +872,7 @@ func TestSocketOfSystemd(t *testing.T) {
 func TestFullPipe(t *testing.T) {
 	t.Parallel()
 	reader, stdout := pipe(t)
-	// The log, which hangs, can't say at which address the server listens.
+	// The log is not read for now, so the address comes from the socket.
 	listener, socket := listenerAndSocket(t)
 	server := launch(t, process{output: stdout, socket: socket})
 	server.address = listener.Addr().String()
@@ -1109,7 +1109,7 @@ func newTestApp(t testing.TB, variables ...string) *testApp {
 	return test
 }
 
-// Write gets the records of the app. A record that comes too late is marked.
+// Write gets the records of the app. A record after the answer is marked.
 func (test *testApp) Write(record []byte) (int, error) {
 	if test.answer.Body.Len() > 0 {
 		test.logged.WriteString("after the answer: ")
@@ -1186,7 +1186,7 @@ func launch(t *testing.T, p process) *process {
 	p.stdout, p.stderr = emptyFile(t), emptyFile(t)
 	p.Cmd = exec.Command(os.Args[0], strings.Fields(p.argument)...)
 	p.Cmd.Stdout, p.Cmd.Stderr = cmp.Or(p.output, p.stdout), p.stderr
-	// The last two prevent messages on stderr, and a second of waiting.
+	// GOCOVERDIR prevents messages on stderr, and GORACE a second of waiting.
 	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0",
 		"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, p.variables...)
 	if p.socket != nil {
@@ -1229,7 +1229,7 @@ func (p *process) checkEnd(t *testing.T, state string, seconds int) {
 	check(t, "seconds", int(time.Since(signalled).Round(time.Second).Seconds()), seconds)
 }
 
-// listenerAndSocket returns a listener, and a file to pass it to a process.
+// listenerAndSocket returns a listener, and its socket for another process.
 func listenerAndSocket(t *testing.T) (net.Listener, *os.File) {
 	listener := must(net.Listen("tcp", "127.0.0.1:0"))
 	socket := must(listener.(*net.TCPListener).File())
