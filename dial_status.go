@@ -76,15 +76,13 @@ func main() {
 // run serves requests until the process gets SIGTERM or SIGINT. The error says
 // why the server could not start or could not go on.
 func run() error {
-	// The first SIGTERM or SIGINT ends this context. Further signals are
-	// ignored on purpose: some supervisors send two. If the process still runs
-	// four seconds after the first signal, because something hangs, it is
-	// ended.
+	// The first SIGTERM or SIGINT ends this context. More signals are ignored on
+	// purpose: some supervisors send two. If something hangs, so that the
+	// process runs for four more seconds, it ends with status 1.
 	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
-	// By default, SIGPIPE ends a process that writes to a closed stdout.
-	// Without SIGPIPE the write fails, and logWriter writes the record to
-	// stderr.
+	// By default, SIGPIPE ends a process that writes to a closed stdout. Now
+	// the write fails, and logWriter writes the record to stderr.
 	signal.Ignore(syscall.SIGPIPE)
 	cfg, err := configure(os.Getenv)
 	if err != nil {
@@ -138,8 +136,8 @@ func newServer(a *app) *http.Server {
 	}
 }
 
-// stop ends the server within 1.3 to 3.3 seconds. New connections are accepted
-// during the first second. If the log hangs, stop does not return.
+// stop ends the server within 1.3 to 3.3 seconds. In the first second, it also
+// accepts new connections. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -212,16 +210,14 @@ const (
 
 	phoneNumber = `\+?[1-9][0-9]{6,14}` // E.164, with or without the +
 	dialable    = `\s*(` + phoneNumber + `|sip:` + sipPart + `@` + sipPart + `)\s*`
-	// sipPart is ASCII without control characters, space, quote, comma, <, >,
-	// @.
+	// sipPart: ASCII without control characters, space, quote, comma, < > @
 	sipPart = `[^[:^ascii:][:cntrl:] ",<>@]+`
 	httpURL = `https?://(` + urlHost + `)(:[0-9]+)?(/[\w.~%/-]*)?`
 	urlHost = `[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]` // a name, IPv4, or [IPv6]
 	setting = `[a-z_]+=[A-Za-z0-9_,]+`                // a part of CALLBACK_CONFIG
 )
 
-// matches returns a function that reports whether a text matches the pattern
-// from beginning to end.
+// matches returns a function that reports whether a whole text matches.
 func matches(pattern string) func(text string) bool {
 	return regexp.MustCompile(`^(` + pattern + `)$`).MatchString
 }
@@ -230,7 +226,8 @@ var isHTTPURL = matches(httpURL)
 
 // isBaseURL reports whether a text is a URL that can go before /dialstatus/.
 func isBaseURL(text string) bool {
-	u, err := url.Parse(text) // + "/" below: the slash at the end may be missing
+	u, err := url.Parse(text)
+	// The "/" is added for a text that ends with /dialstatus.
 	return err == nil && isHTTPURL(text) && !strings.Contains(u.Path+"/", "/dialstatus/")
 }
 
@@ -290,8 +287,7 @@ type app struct {
 }
 
 // newApp returns an app with all routes. A new route needs a line here and a
-// handler, such as handleAnswer. Martini serves each path with and without a
-// slash at the end.
+// handler. Martini serves each path with and without a slash at the end.
 func newApp(cfg config, output *logWriter) *app {
 	a := &app{config: cfg, output: output, routes: martini.NewRouter(), martini: martini.New()}
 	a.log = slog.New(slog.NewJSONHandler(output, nil))
@@ -336,7 +332,8 @@ func (a *app) handleAnswer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, document)
 }
 
-// handleAction serves the action URL (see "Dial XML").
+// handleAction serves the action URL (see "Dial XML"): it logs how the <Dial>
+// has ended, and answers with the XML that Plivo executes next.
 func (a *app) handleAction(w http.ResponseWriter, r *http.Request) {
 	status := r.FormValue("DialStatus")
 	if status == "" {
@@ -404,8 +401,7 @@ func farewellXML(sentence string) string {
 func dialXML(cfg config, baseURL string) string {
 	var phones []any
 	for phone := range strings.SplitSeq(cfg.dialTo, ",") {
-		// plivo-go escapes attributes, but not the text of <Number> and
-		// <User>.
+		// plivo-go escapes attributes, but not the text of these elements.
 		phone = html.EscapeString(strings.TrimSpace(phone))
 		if strings.HasPrefix(phone, "sip:") {
 			phones = append(phones, new(xml.UserElement).SetContents(phone))
@@ -437,8 +433,7 @@ func responseXML(elements ...any) string {
 	return xml.ResponseElement{Contents: elements}.String()
 }
 
-// checked returns a handler that calls next if the form and its sender are
-// valid.
+// checked returns a handler that calls next if form and sender are valid.
 func (a *app) checked(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if status, reason := readForm(r); status != http.StatusOK {
@@ -498,10 +493,9 @@ func (a *app) isAuthorized(r *http.Request) bool {
 	return a.isSigned(r)
 }
 
-// isSigned reports whether a signature V3 of the request was made with the
-// auth token (see "Signature Validation"). X-Plivo-Signature-V3 and
-// X-Plivo-Signature-Ma-V3 may both be sent several times, with several
-// signatures each. One correct signature is enough.
+// isSigned reports whether the auth token made a signature V3 of the request
+// (see "Signature Validation"). Both signature headers may be sent several
+// times, with several signatures each. One correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
@@ -536,9 +530,8 @@ func sign(authToken string, text []byte) string {
 //
 //	https://example.com/dialstatus/?a=1&b=2.CallStatusbusyTo12025550199.7019
 //
-// It has four parts: the called URL with its path, then the query, then the
-// form, then the nonce. Query and form are decoded, and sorted by name and
-// value.
+// It has four parts: the called URL with its path, the query, the form and the
+// nonce. Query and form are decoded, and sorted by name and value.
 //
 // The function of plivo-go is not used. It ignores the second value of a name
 // in the query, and some dots and ampersands at the end of query or form. So
@@ -601,9 +594,8 @@ func (a *app) baseURL(r *http.Request) string {
 	return "http://" + strings.TrimSuffix(host, ":80")
 }
 
-// firstEntry returns the first entry of a list with commas. If a request
-// passes several proxies, the first entry comes from the proxy that Plivo
-// called.
+// firstEntry returns the first entry of a list with commas. It comes from the
+// first proxy, which Plivo called.
 func firstEntry(list string) string {
 	entry, _, _ := strings.Cut(list, ",")
 	return strings.TrimSpace(entry)
@@ -618,8 +610,7 @@ func (a *app) report(r *http.Request, level slog.Level, record string, fields ..
 	a.log.LogAttrs(r.Context(), level, record, attributes...)
 }
 
-// reject answers a request with the reason why it is not served. It also logs
-// the reason, if mayLogRejection allows it.
+// reject answers a request with the reason for the refusal, and may log it.
 func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason string) {
 	if a.mayLogRejection() {
 		a.log.Warn("rejected", "HTTPStatus", status, "reason", truncate(reason),
@@ -630,9 +621,8 @@ func (a *app) reject(w http.ResponseWriter, r *http.Request, status int, reason 
 	http.Error(w, truncate(reason), status)
 }
 
-// mayLogRejection reports whether this rejection is one of the first 20 in
-// this second of the clock. Without this limit, an attacker could fill the
-// disk.
+// mayLogRejection reports whether this is one of the first 20 rejections in a
+// second of the clock. Without a limit, an attacker could fill the disk.
 func (a *app) mayLogRejection() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -650,16 +640,14 @@ func (a *app) mayLogRejection() bool {
 func truncate(text string) string { return text[:min(len(text), 256)] }
 
 // A logWriter writes records to stdout, or to stderr if stdout fails. slog
-// calls Write with one whole record, and never calls it twice at the same
-// time.
+// calls Write with one whole record, and never twice at the same time.
 type logWriter struct {
 	stdout, stderr io.Writer
 	isTorn         bool         // whether stdout ends with only a part of a record
 	writingSince   atomic.Int64 // Unix time in milliseconds; 0: no record is being written
 }
 
-// Write writes a record. It returns an error if neither stdout nor stderr has
-// accepted the record.
+// Write writes a record. It returns an error if stdout and stderr have failed.
 func (l *logWriter) Write(record []byte) (int, error) {
 	l.writingSince.Store(time.Now().UnixMilli())
 	defer l.writingSince.Store(0)
