@@ -14,8 +14,8 @@
 //
 // The A leg connects the caller with Plivo. A B leg connects Plivo with one
 // phone that rings. PHLO is Plivo's visual editor for call flows; a call flow
-// can also post to these URLs. A nonce is a text that Plivo invents for one
-// request; it is a part of the signed text. A title in quotes, such as "Dial
+// can also post to these URLs. Plivo signs requests: a nonce is a text that it
+// invents for one request and signs with it. A title in quotes, such as "Dial
 // XML", is a page of Plivo's documentation, https://www.plivo.com/docs/.
 package main
 
@@ -60,7 +60,7 @@ func main() {
 		}
 	}
 	// Package flag must not print an unknown flag, which may be a secret.
-	// Usage is printed all the same.
+	// The usage is still printed.
 	flag.CommandLine.SetOutput(io.Discard)
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -76,9 +76,9 @@ func main() {
 // run serves requests until the process gets SIGTERM or SIGINT. The error says
 // why the server could not start or could not go on.
 func run() error {
-	// The first SIGTERM or SIGINT ends this context. More signals are ignored on
-	// purpose: some supervisors send two. If something hangs, so that the
-	// process runs for four more seconds, it ends with status 1.
+	// The first SIGTERM or SIGINT ends this context. More signals are ignored
+	// on purpose: some supervisors send two. If the process still runs four
+	// seconds later, because something hangs, it ends with status 1.
 	stopRequested, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(stopRequested, func() { time.Sleep(4 * time.Second); os.Exit(1) })
 	// By default, SIGPIPE ends a process that writes to a closed stdout. Now
@@ -136,8 +136,8 @@ func newServer(a *app) *http.Server {
 	}
 }
 
-// stop ends the server within 1.3 to 3.3 seconds. In the first second, it also
-// accepts new connections. If the log hangs, stop does not return.
+// stop ends the server within 1.3 to 3.3 seconds. In the first second, it
+// still accepts new connections. If the log hangs, stop does not return.
 func (a *app) stop(server *http.Server, listener net.Listener) {
 	// Shutdown closes idle connections. A client that sends a request at that
 	// moment gets no answer. To prevent this, for one second each answer tells
@@ -493,16 +493,18 @@ func (a *app) isAuthorized(r *http.Request) bool {
 	return a.isSigned(r)
 }
 
-// isSigned reports whether the auth token made a signature V3 of the request
-// (see "Signature Validation"). Both signature headers may be sent several
-// times, with several signatures each. One correct signature is enough.
+// isSigned reports whether the request has a signature V3 that was made with
+// the auth token (see "Signature Validation"). Each of the two headers with V3
+// signatures may be sent several times, and may hold a list with commas. One
+// correct signature is enough.
 func (a *app) isSigned(r *http.Request) bool {
 	nonce := r.Header.Get("X-Plivo-Signature-V3-Nonce")
 	if nonce == "" || strings.Contains(nonce, ".") {
 		// The signed text ends with the form (without any =), a dot and the
-		// nonce. The form To=1.2 with the nonce 7 and the form To=1 with the
-		// nonce 2.7 both end with To1.2.7. So an attacker who has captured the
-		// first request could send the second one with the same signature.
+		// nonce. These two requests have the same text and the same signature:
+		//	the form To=1.2 with the nonce 7, and To1.2.7 is signed
+		//	the form To=1 with the nonce 2.7, and To1.2.7 is signed
+		// So an attacker who has captured the first could send the second.
 		return false
 	}
 	text := signedText(a.baseURL(r)+r.URL.EscapedPath(), r.URL.Query(), r.PostForm, nonce)
@@ -652,7 +654,7 @@ func (l *logWriter) Write(record []byte) (int, error) {
 	l.writingSince.Store(time.Now().UnixMilli())
 	defer l.writingSince.Store(0)
 	line := record
-	if l.isTorn {
+	if l.isTorn { // end the torn line first
 		line = append([]byte("\n"), record...)
 	}
 	n, err := l.stdout.Write(line)
