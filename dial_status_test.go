@@ -73,7 +73,7 @@ const (
 // What several tests send or expect.
 const (
 	action        = "/dialstatus/action/"
-	callRecord    = `"level":"INFO","msg":"call"` // after {"time":"...",
+	callRecord    = `"level":"INFO","msg":"call"` // without {"time":"...",
 	probeOK       = "200 dialstatus is running: the answer URL is /dialstatus/\n"
 	notForm       = "the body is not a form: send it as application/x-www-form-urlencoded"
 	notURLEncoded = "the form or the query is not URL-encoded: write % as %25, and ; as %3B"
@@ -88,12 +88,12 @@ func TestAnswerURL(t *testing.T) {
 	for _, test := range []struct{ name, form, document, record string }{
 		{name: "a new call", form: newCall, document: dialDocument, record: "call"},
 		{name: "outbound call", form: "CallStatus=in-progress", document: dialDocument, record: "call"},
-		{name: "another event", form: "Event=DialHangup", document: dialDocument, record: "call"},
+		{name: "no DialAction", form: "Event=DialHangup", document: dialDocument, record: "call"},
 		{name: "lower case", form: "Event=hangup", document: dialDocument, record: "call"},
 		{name: "capitals", form: "CallStatus=Completed", document: dialDocument, record: "call"},
 		{name: "a B leg ends", form: endedLeg, document: emptyDocument, record: "leg"},
 		{name: "both events", form: "DialAction=x&Event=Hangup", document: emptyDocument, record: "leg"},
-		{name: "no leg", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
+		{name: "no action", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			record := `"level":"INFO","msg":"` + test.record + `"`
@@ -204,7 +204,6 @@ func TestBaseURL(t *testing.T) {
 		{name: "http", headers: "X-Forwarded-Proto: http,https", baseURL: "http://example.com"},
 		{name: "port 80", headers: "X-Forwarded-Host: a:80; " + forwardedHTTPS, baseURL: "https://a:80"},
 		{name: "only a scheme", headers: forwardedHTTPS, baseURL: "https://example.com"},
-		{name: "an empty host", headers: "X-Forwarded-Host:  ", baseURL: "http://example.com"},
 		{name: "ftp", headers: "Host: a:443; X-Forwarded-Proto: ftp", baseURL: "http://a:443"},
 		{name: "port 443", headers: "X-Forwarded-Host: a:443; " + forwardedHTTPS, baseURL: "https://a"},
 		{name: "port 4430", headers: "Host: a:4430; " + forwardedHTTPS, baseURL: "https://a:4430"},
@@ -304,7 +303,7 @@ func TestRecords(t *testing.T) {
 		{name: "leg", record: "leg", target: "/dialstatus/", form: endedLeg},
 		{name: "dial", record: "dial", target: action, form: endedDial},
 		{name: "missing fields", record: "dial", target: action, form: "DialStatus=busy"},
-		// The long form has no Event in it.
+		// The form with long values, below, has no Event: the query has it.
 		{name: "hangup", record: "hangup", target: "/dialstatus/?Event=Hangup", form: endedCall},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -312,13 +311,14 @@ func TestRecords(t *testing.T) {
 			var attributes []any
 			for _, field := range recordFields[test.record] {
 				attributes = append(attributes, field, sent.Get(field))
-				long.Set(field, strings.Repeat("\x01", 256)+"x")
+				long.Set(field, strings.Repeat("\x01", 256)+"\x02")
 			}
 			app.send(post(test.target, test.form))
 			check(t, "record", app.logOfRequest(), logLine(slog.LevelInfo, test.record, attributes...))
 			app.send(post(test.target, long.Encode()))
-			bytesInRecord := strings.Count(app.logOfRequest(), `\u0001`)
-			check(t, "bytes", bytesInRecord, 256*len(recordFields[test.record]))
+			kept := strings.Count(app.logOfRequest(), `\u0001`)
+			check(t, "bytes that are kept", kept, 256*len(recordFields[test.record]))
+			check(t, "bytes that are cut", strings.Count(app.logOfRequest(), `\u0002`), 0)
 			check(t, "a record below 16 KiB", app.logged.Len() < 16<<10, true)
 		})
 	}
@@ -484,8 +484,8 @@ func TestForgeries(t *testing.T) {
 	}
 	withoutLoginAndURL := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
 	for name, r := range map[string]*http.Request{
-		"another scheme": signedPost(action, endedDial, "Host: Calls.example.org"),
-		"only a nonce":   postWith(nonceHeader), // must not equal the login that is not set
+		"https, not http": signedPost(action, endedDial, "Host: Calls.example.org"),
+		"only a nonce":    postWith(nonceHeader),
 	} {
 		t.Run(name, func(t *testing.T) { withoutLoginAndURL.checkRejection(t, r, 403, notAuthorized) })
 	}
@@ -589,7 +589,7 @@ func TestPanic(t *testing.T) {
 func TestLogWriter(t *testing.T) {
 	for _, test := range []struct {
 		name           string
-		accepted       []int  // by each of the first writes to stdout; then all bytes
+		accepted       []int  // bytes, by the first writes; later writes accept all
 		stdout, stderr string // CAUSE is the record that says why stdout has failed
 	}{
 		{name: "nothing is accepted, twice", accepted: []int{0, 0},
@@ -616,7 +616,7 @@ func TestLogWriter(t *testing.T) {
 	}
 }
 
-// limitedWriter accepts the first bytes of each write, as a full disk does.
+// limitedWriter accepts a part of the first writes, as a full disk does.
 type limitedWriter struct {
 	bytes.Buffer
 	accepted []int
@@ -689,7 +689,7 @@ func TestStartRecords(t *testing.T) {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "no HOST, DIAL_TO and token", variables: []string{"HOST="},
+		{name: "no HOST, no DIAL_TO, no token", variables: []string{"HOST="},
 			warnings: []string{exampleWarning, noTokenWarning}},
 		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
 			warnings: []string{exampleWarning}},
@@ -770,8 +770,8 @@ func TestServerDoesNotStart(t *testing.T) {
 			<-server.ended
 			check(t, "status", server.ProcessState.ExitCode(), test.status)
 			check(t, "stderr", content(server.stderr), test.stderr)
-			isRepeated := strings.Contains(content(server.stdout), test.stderr)
-			check(t, "whether stdout repeats stderr", isRepeated, false)
+			// The log is on stdout: the last server listens before it fails.
+			check(t, "also on stdout", strings.Contains(content(server.stdout), test.stderr), false)
 		})
 	}
 }
@@ -817,9 +817,9 @@ func TestStop(t *testing.T) {
 			t.Parallel()
 			server := start(t, process{})
 			neverFinished, late, kept := server.connect(t), server.connect(t), server.connect(t)
-			neverFinished.sendHeader(t) // the body does not come: this connection is cut off
-			late.sendHeader(t)          // the body comes at the last moment
-			kept.sendHeader(t)          // another request comes on this connection
+			neverFinished.sendHeader(t) // the body will never come
+			late.sendHeader(t)          // the body will come at the last moment
+			kept.sendHeader(t)          // later, another request will come
 			kept.sendBody(t, answerKeepsOpen)
 			signalled := time.Now()
 			for range 3 { // as some supervisors do
@@ -861,7 +861,7 @@ func TestSocketOfSystemd(t *testing.T) {
 	first := start(t, process{socket: socket})
 	check(t, "address", first.address, listener.Addr().String())
 	check(t, "end", first.terminate(), "exit status 0 after about 1 s")
-	afterTheStart := strings.Join(records(content(first.stdout))[3:], "\n") // 3 at the start
+	afterTheStart := strings.Join(records(content(first.stdout))[3:], "\n") // 3 are of the start
 	check(t, "log after the start", afterTheStart, logLine(slog.LevelInfo, "stopping"))
 	client := first.connect(t) // to the socket: first has ended
 	io.WriteString(client, requestHeader)
@@ -883,7 +883,7 @@ func TestFullPipe(t *testing.T) {
 	server.address = listener.Addr().String()
 	check(t, "probe at the start", exchange(t, server.address, get()), probeOK)
 	impatient := http.Client{Timeout: 500 * time.Millisecond}
-	// fill sends reports until one gets no answer, and returns their number.
+	// fill sends reports until one gets no answer, and returns how many.
 	fill := func() (sent int) {
 		for {
 			sent++
@@ -1113,7 +1113,7 @@ func newTestApp(t testing.TB, variables ...string) *testApp {
 	return test
 }
 
-// Write gets the records. A record after the answer gets a prefix.
+// Write gets the records. A prefix on a late record makes checks fail.
 func (test *testApp) Write(record []byte) (int, error) {
 	if test.answer.Body.Len() > 0 {
 		test.logged.WriteString("after the answer: ")
@@ -1121,7 +1121,7 @@ func (test *testApp) Write(record []byte) (int, error) {
 	return test.logged.Write(record)
 }
 
-// send sends a request to the app, and returns the answer.
+// send empties the log, sends a request, and returns the answer.
 func (test *testApp) send(r *http.Request) *httptest.ResponseRecorder {
 	test.logged.Reset()
 	test.rejectionCount = 0 // so that a rejection is logged
@@ -1173,15 +1173,15 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// A process is a server. A test sets the first fields, and launch the others.
+// A process is a server.
 type process struct {
 	argument       string
 	variables      []string
 	socket         *os.File // the socket that systemd passes, if not nil
-	output         *os.File // replaces stdout, if not nil
+	output         *os.File // replaces stdout, if not nil; launch sets what follows
 	stdout, stderr *os.File
 	*exec.Cmd
-	address string
+	address string // start sets it
 	ended   chan error
 }
 
@@ -1190,14 +1190,14 @@ func launch(t *testing.T, p process) *process {
 	p.stdout, p.stderr = emptyFile(t), emptyFile(t)
 	p.Cmd = exec.Command(os.Args[0], strings.Fields(p.argument)...)
 	p.Cmd.Stdout, p.Cmd.Stderr = cmp.Or(p.output, p.stdout), p.stderr
-	// This prevents messages on stderr, and a second of waiting at the end.
+	// GOCOVERDIR prevents messages, GORACE a second of waiting at the end.
 	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0",
 		"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, p.variables...)
 	if p.socket != nil {
 		p.Env = append(p.Env, "TEST_SERVER=with socket")
 		p.ExtraFiles = []*os.File{p.socket}
 	}
-	must(p.StdinPipe()) // stays open until this process ends
+	must(p.StdinPipe()) // stays open until the tests end
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
