@@ -73,7 +73,7 @@ const (
 // What several tests send or expect.
 const (
 	action        = "/dialstatus/action/"
-	callRecord    = `"level":"INFO","msg":"call"` // without {"time":"...",
+	callStart     = `"level":"INFO","msg":"call"` // without {"time":"...",
 	probeOK       = "200 dialstatus is running: the answer URL is /dialstatus/\n"
 	notForm       = "the body is not a form: send it as application/x-www-form-urlencoded"
 	notURLEncoded = "the form or the query is not URL-encoded: write % as %25, and ; as %3B"
@@ -93,7 +93,7 @@ func TestAnswerURL(t *testing.T) {
 		{name: "capitals", form: "CallStatus=Completed", document: dialDocument, record: "call"},
 		{name: "a B leg ends", form: endedLeg, document: emptyDocument, record: "leg"},
 		{name: "both events", form: "DialAction=x&Event=Hangup", document: emptyDocument, record: "leg"},
-		{name: "no action", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
+		{name: "empty field", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			record := `"level":"INFO","msg":"` + test.record + `"`
@@ -173,11 +173,11 @@ func TestDialDocument(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			newTestApp(t, test.variables...).checkXML(t, post("/dialstatus/", newCall),
-				dialTag1+test.attributes+dialTag2+test.phones+"</Dial></Response>", callRecord)
+				dialTag1+test.attributes+dialTag2+test.phones+"</Dial></Response>", callStart)
 		})
 	}
 	newTestApp(t, "CALLBACK_CONFIG=rc=3").checkXML(t, post("/dialstatus/", newCall),
-		strings.ReplaceAll(dialDocument, `/" `, `/#rc=3" `), callRecord) // at the end of both URLs
+		strings.ReplaceAll(dialDocument, `/" `, `/#rc=3" `), callStart) // at the end of both URLs
 	everything := newTestApp(t, "PUBLIC_URL=http://calls.example.org", "CALLER_ID=+12025550150",
 		"DIAL_TIMEOUT=30", "CALLBACK_CONFIG=#rc=3&rp=5xx,ct", "DIAL_TO=+12025550101")
 	everything.checkXML(t, post("/dialstatus/", newCall),
@@ -185,7 +185,7 @@ func TestDialDocument(t *testing.T) {
 			`method="POST" timeout="30" callerId="+12025550150" `+
 			`callbackUrl="http://calls.example.org/dialstatus/#rc=3&amp;rp=5xx,ct" `+
 			`callbackMethod="POST" redirect="true"><Number>+12025550101</Number></Dial></Response>`,
-		callRecord)
+		callStart)
 }
 
 // The URLs in the <Dial>, and the URL in the record of a rejection, begin with
@@ -222,7 +222,7 @@ func TestBaseURL(t *testing.T) {
 			var escaped strings.Builder
 			xml.EscapeText(&escaped, []byte(test.baseURL))
 			app.checkXML(t, post("/dialstatus/", newCall, headers...),
-				strings.ReplaceAll(dialDocument, "http://example.com", escaped.String()), callRecord)
+				strings.ReplaceAll(dialDocument, "http://example.com", escaped.String()), callStart)
 			rejected := post(action+"?a=b", "", headers...)
 			app.send(rejected)
 			check(t, "record", app.logOfRequest(), rejectionLine(rejected, test.baseURL, 400, noDialStatus))
@@ -303,7 +303,7 @@ func TestRecords(t *testing.T) {
 		{name: "leg", record: "leg", target: "/dialstatus/", form: endedLeg},
 		{name: "dial", record: "dial", target: action, form: endedDial},
 		{name: "missing fields", record: "dial", target: action, form: "DialStatus=busy"},
-		// The form with long values, below, has no Event: the query has it.
+		// A second form, with long values, is made below. It has no Event.
 		{name: "hangup", record: "hangup", target: "/dialstatus/?Event=Hangup", form: endedCall},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -363,7 +363,7 @@ func TestFlood(t *testing.T) {
 		check(t, "rejections", strings.Count(app.logged.String(), `"msg":"rejected"`), 20)
 		check(t, "reports", strings.Count(app.logged.String(), `"msg":"dial"`), 100)
 	}
-	app.lastRejection += 3600 // in the future, as if the clock had been set back
+	app.lastRejection += 3600 // after now, as if the clock had been set back
 	app.logged.Reset()
 	app.ServeHTTP(httptest.NewRecorder(), post("/", ""))
 	check(t, "rejections after the clock was set back",
@@ -458,14 +458,14 @@ func TestForgeries(t *testing.T) {
 	}
 	signed, signedQuery := signedPost(action, endedDial), signedPost(urlWithQuery, endedDial)
 	for name, r := range map[string]*http.Request{
-		"no signature":              post("/dialstatus/", newCall),
-		"a changed field":           forge(signed, action, strings.Replace(endedDial, "2", "3", 1)),
-		"one more query":            forge(signed, urlWithQuery, endedDial),
-		"one more query value":      forge(signedQuery, urlWithQuery+"&a=c", endedDial),
-		"added dots after the form": forge(signedQuery, urlWithQuery, endedDial+".."),
-		"added dot after the query": forge(signedPost(urlWithQuery, ""), urlWithQuery+"%2E", ""),
-		"another path":              forge(signed, "/dialstatus/", endedDial),
-		"added escape in the path":  forge(signed, "/dialstatus%2Faction/", endedDial),
+		"no signature":           post("/dialstatus/", newCall),
+		"a changed field":        forge(signed, action, strings.Replace(endedDial, "completed", "busy", 1)),
+		"one more query":         forge(signed, urlWithQuery, endedDial),
+		"one more query value":   forge(signedQuery, urlWithQuery+"&a=c", endedDial),
+		"dots added to the form": forge(signedQuery, urlWithQuery, endedDial+".."),
+		"dot added to the query": forge(signedPost(urlWithQuery, ""), urlWithQuery+"%2E", ""),
+		"another path":           forge(signed, "/dialstatus/", endedDial),
+		"escape in the path":     forge(signed, "/dialstatus%2Faction/", endedDial),
 		// Plivo signed the form endedDial+".end" and the nonce 0542.
 		"the end of the form in the nonce": postWith(nonceName+"end.0542",
 			v3Name+signatureOf(endedDial+".end", "0542")),
@@ -473,7 +473,7 @@ func TestForgeries(t *testing.T) {
 		"a part of the signature":     postWith(nonceHeader, v3Name+signature[:43]),
 		"more than the signature":     postWith(nonceHeader, v3Name+signature+"="),
 		"the signature in lower case": postWith(nonceHeader, v3Name+strings.ToLower(signature)),
-		"V2 does not sign the form": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
+		"signature V2, without the form": postWith(nonceHeader, "X-Plivo-Signature-V2-Nonce: "+testNonce,
 			"X-Plivo-Signature-V2: "+hmacBase64(testToken, publicURL+action+testNonce)),
 		"another password":   postWith(login(strings.Replace(testLogin, "pass", "PASS", 1))),
 		"a shorter password": postWith(login(testLogin[:len(testLogin)-1])),
@@ -484,8 +484,8 @@ func TestForgeries(t *testing.T) {
 	}
 	withoutLoginAndURL := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken)
 	for name, r := range map[string]*http.Request{
-		"https, not http": signedPost(action, endedDial, "Host: Calls.example.org"),
-		"only a nonce":    postWith(nonceHeader),
+		"signed for https, not http": signedPost(action, endedDial, "Host: Calls.example.org"),
+		"only a nonce":               postWith(nonceHeader),
 	} {
 		t.Run(name, func(t *testing.T) { withoutLoginAndURL.checkRejection(t, r, 403, notAuthorized) })
 	}
@@ -589,8 +589,8 @@ func TestPanic(t *testing.T) {
 func TestLogWriter(t *testing.T) {
 	for _, test := range []struct {
 		name           string
-		accepted       []int  // bytes, by the first writes; later writes accept all
-		stdout, stderr string // CAUSE is the record that says why stdout has failed
+		accepted       []int  // bytes that the first writes accept; later ones accept all
+		stdout, stderr string // CAUSE and a space: the line that says why
 	}{
 		{name: "nothing is accepted, twice", accepted: []int{0, 0},
 			stdout: "three\n", stderr: "CAUSE one\nCAUSE two\n"},
@@ -689,7 +689,7 @@ func TestStartRecords(t *testing.T) {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "no HOST, no DIAL_TO, no token", variables: []string{"HOST="},
+		{name: "no HOST, no DIAL_TO, no token", variables: []string{"HOST="}, // else 127.0.0.1
 			warnings: []string{exampleWarning, noTokenWarning}},
 		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
 			warnings: []string{exampleWarning}},
@@ -770,7 +770,7 @@ func TestServerDoesNotStart(t *testing.T) {
 			<-server.ended
 			check(t, "status", server.ProcessState.ExitCode(), test.status)
 			check(t, "stderr", content(server.stderr), test.stderr)
-			// The log is on stdout: the last server listens before it fails.
+			// The log is on stdout: the last server was listening for a moment.
 			check(t, "also on stdout", strings.Contains(content(server.stdout), test.stderr), false)
 		})
 	}
@@ -1152,7 +1152,7 @@ func (test *testApp) checkRejection(t *testing.T, r *http.Request, status int, r
 	check(t, "status", answer.Code, status)
 	check(t, "content type", answer.Result().Header.Get("Content-Type"), "text/plain; charset=utf-8")
 	check(t, "reason", answer.Body.String(), reason+"\n")
-	check(t, "Connection", answer.Result().Header.Get("Connection"), "") // stays open
+	check(t, "Connection", answer.Result().Header.Get("Connection"), "")
 	check(t, "record", test.logOfRequest(), rejectionLine(r, test.baseURL(r), status, reason))
 }
 
@@ -1173,15 +1173,15 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// A process is a server.
+// A process is a server. launch and start set the fields after output.
 type process struct {
 	argument       string
 	variables      []string
 	socket         *os.File // the socket that systemd passes, if not nil
-	output         *os.File // replaces stdout, if not nil; launch sets what follows
+	output         *os.File // replaces stdout, if not nil
 	stdout, stderr *os.File
 	*exec.Cmd
-	address string // start sets it
+	address string
 	ended   chan error
 }
 
@@ -1190,7 +1190,7 @@ func launch(t *testing.T, p process) *process {
 	p.stdout, p.stderr = emptyFile(t), emptyFile(t)
 	p.Cmd = exec.Command(os.Args[0], strings.Fields(p.argument)...)
 	p.Cmd.Stdout, p.Cmd.Stderr = cmp.Or(p.output, p.stdout), p.stderr
-	// GOCOVERDIR prevents messages, GORACE a second of waiting at the end.
+	// The last two prevent a message on stderr, and a wait of one second.
 	p.Env = append([]string{"TEST_SERVER=yes", "HOST=127.0.0.1", "PORT=0",
 		"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, p.variables...)
 	if p.socket != nil {
@@ -1204,7 +1204,7 @@ func launch(t *testing.T, p process) *process {
 	p.ended = make(chan error, 1)
 	go func() { p.ended <- p.Wait() }()
 	t.Cleanup(func() { p.Process.Kill() })
-	time.AfterFunc(20*time.Second, func() { p.Process.Kill() }) // instead of a test that hangs
+	time.AfterFunc(20*time.Second, func() { p.Process.Kill() }) // so that no test hangs
 	return &p
 }
 
