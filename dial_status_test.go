@@ -93,7 +93,7 @@ func TestAnswerURL(t *testing.T) {
 		{name: "capitals", form: "CallStatus=Completed", document: dialDocument, record: "call"},
 		{name: "a B leg ends", form: endedLeg, document: emptyDocument, record: "leg"},
 		{name: "both events", form: "DialAction=x&Event=Hangup", document: emptyDocument, record: "leg"},
-		{name: "empty field", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
+		{name: "empty leg", form: "DialAction=&Event=Hangup", document: emptyDocument, record: "hangup"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			record := `"level":"INFO","msg":"` + test.record + `"`
@@ -459,7 +459,7 @@ func TestForgeries(t *testing.T) {
 	signed, signedQuery := signedPost(action, endedDial), signedPost(urlWithQuery, endedDial)
 	for name, r := range map[string]*http.Request{
 		"no signature":           post("/dialstatus/", newCall),
-		"a changed field":        forge(signed, action, strings.Replace(endedDial, "completed", "busy", 1)),
+		"a changed field":        forge(signed, action, strings.Replace(endedDial, "true", "false", 1)),
 		"one more query":         forge(signed, urlWithQuery, endedDial),
 		"one more query value":   forge(signedQuery, urlWithQuery+"&a=c", endedDial),
 		"dots added to the form": forge(signedQuery, urlWithQuery, endedDial+".."),
@@ -770,7 +770,7 @@ func TestServerDoesNotStart(t *testing.T) {
 			<-server.ended
 			check(t, "status", server.ProcessState.ExitCode(), test.status)
 			check(t, "stderr", content(server.stderr), test.stderr)
-			// The log is on stdout: the last server was listening for a moment.
+			// The log is on stdout: the last server listened for a moment.
 			check(t, "also on stdout", strings.Contains(content(server.stdout), test.stderr), false)
 		})
 	}
