@@ -73,7 +73,7 @@ const (
 // What several tests send or expect.
 const (
 	action        = "/dialstatus/action/"
-	callStart     = `"level":"INFO","msg":"call"` // without {"time":"...",
+	callStart     = `"level":"INFO","msg":"call"` // without {"time":"...", see records
 	probeOK       = "200 dialstatus is running: the answer URL is /dialstatus/\n"
 	notForm       = "the body is not a form: send it as application/x-www-form-urlencoded"
 	notURLEncoded = "the form or the query is not URL-encoded: write % as %25, and ; as %3B"
@@ -145,7 +145,7 @@ func TestFields(t *testing.T) {
 		"a query":           post(action+"?"+endedDial, "", "Content-Type: application/json"),
 		"body and query":    post(action+"?DialStatus=busy", endedDial),
 		"two values":        post(action, endedDial+"&DialStatus=busy"),
-		"a chunked body":    post(action, endedDial, "Transfer-Encoding: chunked"),
+		"unknown length":    post(action, endedDial, "Content-Length: unknown"),
 		"longest body":      post(action, endedDial+"&x="+strings.Repeat("a", 16<<10-len(endedDial)-3)),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -257,9 +257,9 @@ func TestBadInput(t *testing.T) {
 	app := newTestApp(t)
 	const answerURL = "/dialstatus/?a=b" // a good query, beside a bad body
 	for name, r := range map[string]*http.Request{
-		"chunked JSON": post(answerURL, "1", "Content-Type: a/json", "Transfer-Encoding: chunked"),
-		"empty type":   post(answerURL, "a=b", "Content-Type: "),
-		"longer type":  post(answerURL, "a=b", "Content-Type: application/x-www-form-urlencoded2"),
+		"JSON":        post(answerURL, "1", "Content-Type: a/json", "Content-Length: unknown"),
+		"empty type":  post(answerURL, "a=b", "Content-Type: "),
+		"longer type": post(answerURL, "a=b", "Content-Type: application/x-www-form-urlencoded2"),
 	} {
 		t.Run(name, func(t *testing.T) { app.checkRejection(t, r, 415, notForm) })
 	}
@@ -303,7 +303,7 @@ func TestRecords(t *testing.T) {
 		{name: "leg", record: "leg", target: "/dialstatus/", form: endedLeg},
 		{name: "dial", record: "dial", target: action, form: endedDial},
 		{name: "missing fields", record: "dial", target: action, form: "DialStatus=busy"},
-		// A second form, with long values, is made below. It has no Event.
+		// The long form, below, has only recordFields: Event is in the query.
 		{name: "hangup", record: "hangup", target: "/dialstatus/?Event=Hangup", form: endedCall},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -317,8 +317,8 @@ func TestRecords(t *testing.T) {
 			check(t, "record", app.logOfRequest(), logLine(slog.LevelInfo, test.record, attributes...))
 			app.send(post(test.target, long.Encode()))
 			kept := strings.Count(app.logOfRequest(), `\u0001`)
-			check(t, "bytes that are kept", kept, 256*len(recordFields[test.record]))
-			check(t, "bytes that are cut", strings.Count(app.logOfRequest(), `\u0002`), 0)
+			check(t, "the first 256 bytes", kept, 256*len(recordFields[test.record]))
+			check(t, "bytes after the first 256", strings.Count(app.logOfRequest(), `\u0002`), 0)
 			check(t, "a record below 16 KiB", app.logged.Len() < 16<<10, true)
 		})
 	}
@@ -590,7 +590,7 @@ func TestLogWriter(t *testing.T) {
 	for _, test := range []struct {
 		name           string
 		accepted       []int  // bytes that the first writes accept; later ones accept all
-		stdout, stderr string // CAUSE and a space: the line that says why
+		stdout, stderr string // CAUSE stands for the record "stdout failed"
 	}{
 		{name: "nothing is accepted, twice", accepted: []int{0, 0},
 			stdout: "three\n", stderr: "CAUSE one\nCAUSE two\n"},
@@ -689,7 +689,7 @@ func TestStartRecords(t *testing.T) {
 		name                string
 		variables, warnings []string
 	}{
-		{name: "no HOST, no DIAL_TO, no token", variables: []string{"HOST="}, // else 127.0.0.1
+		{name: "no DIAL_TO, no token", variables: []string{"HOST="}, // launch sets 127.0.0.1
 			warnings: []string{exampleWarning, noTokenWarning}},
 		{name: "the example", variables: []string{"DIAL_TO=+12025550123", "PLIVO_AUTH_TOKEN=x"},
 			warnings: []string{exampleWarning}},
@@ -770,7 +770,7 @@ func TestServerDoesNotStart(t *testing.T) {
 			<-server.ended
 			check(t, "status", server.ProcessState.ExitCode(), test.status)
 			check(t, "stderr", content(server.stderr), test.stderr)
-			// The log is on stdout: the last server listened for a moment.
+			// Stdout is not always empty: the last row logs "listening".
 			check(t, "also on stdout", strings.Contains(content(server.stdout), test.stderr), false)
 		})
 	}
@@ -897,7 +897,7 @@ func TestFullPipe(t *testing.T) {
 	}
 	sent := fill()
 	stuckSince := time.Now().Add(-impatient.Timeout)
-	check(t, "probe at first", exchange(t, server.address, get()), probeOK)
+	check(t, "probe before 4 s", exchange(t, server.address, get()), probeOK)
 	waitFor(t, "status 503", func() bool {
 		return exchange(t, server.address, get()) == "503 the log accepts no records\n"
 	})
@@ -983,7 +983,7 @@ func Benchmark(b *testing.B) {
 // The helpers of the tests.
 
 // post returns a form post, such as post("/dialstatus/", "a=1", "Host: h").
-// With "Transfer-Encoding: chunked" the length of the form is not known.
+// With "Content-Length: unknown", the length of the form is not announced.
 func post(target, form string, headers ...string) *http.Request {
 	r := httptest.NewRequest(http.MethodPost, target, strings.NewReader(form))
 	for _, header := range headers {
@@ -991,7 +991,7 @@ func post(target, form string, headers ...string) *http.Request {
 		switch name {
 		case "Host":
 			r.Host = value
-		case "Transfer-Encoding":
+		case "Content-Length":
 			r.ContentLength = -1
 		default:
 			r.Header.Add(name, value)
@@ -1113,7 +1113,7 @@ func newTestApp(t testing.TB, variables ...string) *testApp {
 	return test
 }
 
-// Write gets the records. A prefix on a late record makes checks fail.
+// Write gets the records. One after the answer gets a prefix: checks fail.
 func (test *testApp) Write(record []byte) (int, error) {
 	if test.answer.Body.Len() > 0 {
 		test.logged.WriteString("after the answer: ")
