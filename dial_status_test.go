@@ -401,7 +401,9 @@ const (
 	v3Name         = "X-Plivo-Signature-V3: "
 	v3MainName     = "X-Plivo-Signature-Ma-V3: " // the main account signs, for a subaccount
 	nonceName      = "X-Plivo-Signature-V3-Nonce: "
+	nonceHeader    = nonceName + testNonce
 	otherSignature = "c2lnbmVk" // not a signature, but base64
+	urlWithQuery   = action + "?a=b"
 )
 
 // postWith returns a post of endedDial with headers.
@@ -415,8 +417,6 @@ func signatureOf(form, nonce string) string {
 func TestAcceptedSenders(t *testing.T) {
 	const token = "PLIVO_AUTH_TOKEN=" + testToken
 	app := newTestApp(t, token, "PHLO_BASIC_AUTH="+testLogin, "PUBLIC_URL="+publicURL+"///")
-	const nonceHeader = nonceName + testNonce
-	const urlWithQuery = action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	for name, r := range map[string]*http.Request{
 		"repeated field":     signedPost(action, endedDial+strings.Repeat("&To=2&To=1&To=", 200)),
@@ -447,8 +447,6 @@ func TestAcceptedSenders(t *testing.T) {
 func TestForgeries(t *testing.T) {
 	app := newTestApp(t, "PLIVO_AUTH_TOKEN="+testToken, "PHLO_BASIC_AUTH="+testLogin,
 		"PUBLIC_URL="+publicURL)
-	const nonceHeader = nonceName + testNonce
-	const urlWithQuery = action + "?a=b"
 	signature := signatureOf(endedDial, testNonce)
 	// forge returns a post with the headers of a request that Plivo signed.
 	forge := func(signed *http.Request, target, form string) *http.Request {
@@ -860,7 +858,8 @@ func TestSocketOfSystemd(t *testing.T) {
 	listener, socket := listenerAndSocket(t)
 	first := start(t, process{socket: socket})
 	check(t, "address", first.address, listener.Addr().String())
-	check(t, "end with status 0", strings.HasPrefix(first.terminate(), "exit status 0 "), true)
+	first.terminate()
+	check(t, "end", first.ProcessState.String(), "exit status 0")
 	afterTheStart := strings.Join(records(content(first.stdout))[3:], "\n") // 3 are of the start
 	check(t, "log after the start", afterTheStart, logLine(slog.LevelInfo, "stopping"))
 	client := first.connect(t) // to the socket: first has ended
